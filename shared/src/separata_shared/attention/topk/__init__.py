@@ -1,0 +1,1 @@
+"""Separata shared: attention topk."""
