@@ -1,0 +1,95 @@
+"""What every attention operation asks of its arguments, and the masks they have in common."""
+
+import torch
+from torch import Tensor
+
+
+def check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+) -> None:
+    """Check the arguments that mean the same in every attention operation.
+
+    Args:
+        query: ``(B, H, T, D)``.
+        key: ``(B, H_kv, S, D)``, ``H`` a multiple of ``H_kv``.
+        value: ``(B, H_kv, S, D_v)``.
+        mask: Boolean, broadcastable to ``(B, H, T, S)``.
+        bias: Floating, broadcastable to ``(B, H, T, S)``.
+        dropout: Probability in ``[0, 1)``.
+
+    Raises:
+        ValueError: An argument does not fit; the message names it.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating tensor of 4 dimensions (batch, heads, length, width), "
+                f"not {tuple(tensor.shape)} of {tensor.dtype}"
+            )
+    batch, num_heads, target, width = query.shape
+    if key.shape[0] != batch or key.shape[3] != width:
+        raise ValueError(
+            f"key {tuple(key.shape)} must have the batch and the width of query "
+            f"{tuple(query.shape)}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value {tuple(value.shape)} must have the batch, heads and length of key "
+            f"{tuple(key.shape)}"
+        )
+    if key.shape[1] == 0 or num_heads % key.shape[1]:
+        raise ValueError(f"query has {num_heads} heads, no multiple of key's {key.shape[1]} heads")
+    scores = (batch, num_heads, target, key.shape[2])
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be boolean (True = may attend), not {mask.dtype}")
+        check_broadcast("mask", mask, scores)
+    if bias is not None:
+        if not bias.is_floating_point():
+            raise ValueError(f"bias must be a floating tensor, not {bias.dtype}")
+        check_broadcast("bias", bias, scores)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
+
+
+def check_broadcast(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise a ``ValueError`` naming the tensor unless it broadcasts to ``shape``."""
+    pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    if tensor.dim() > len(shape) or any(size not in (1, full) for size, full in pairs):
+        raise ValueError(f"{name} {tuple(tensor.shape)} must be broadcastable to {shape}")
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The precision of scores and weights: at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def causal_mask(target: int, source: int, device: torch.device) -> Tensor:
+    """Boolean ``(T, S)``: query i may attend key j where ``j <= i + S - T``."""
+    allowed = torch.ones(target, source, dtype=torch.bool, device=device)
+    return allowed.tril(source - target)
+
+
+def allowed_keys(
+    mask: Tensor | None, *, causal: bool, target: int, source: int, device: torch.device
+) -> Tensor | None:
+    """The mask together with causality, broadcastable to ``(B, H, T, S)``; None where all may."""
+    if not causal:
+        return mask
+    past = causal_mask(target, source, device)
+    return past if mask is None else mask & past
+
+
+def repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:
+    """Give each query head its key or value head: ``(B, H_kv, S, D)`` to ``(B, H, S, D)``."""
+    repeats = num_heads // tensor.shape[1]
+    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=1)

@@ -1,0 +1,160 @@
+"""Top-k attention: the contract, validation and the choice of an implementation."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from separata_shared.attention import _select
+from separata_shared.attention._inputs import allowed_keys, check_broadcast, check_inputs
+from separata_shared.attention.dense import dense_attention
+from separata_shared.attention.topk import reference
+
+
+def topk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    top_k: int | Tensor | None = None,
+    ratio: float | None = None,
+    min_keys: int = 1,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    ties: Literal["keep", "exact"] = "keep",
+    dropout: float = 0.0,
+    impl: Literal["auto", "reference"] = "auto",
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the k highest-scoring allowed keys of each query.
+
+    ``softmax(M) v`` with ``M = P`` where ``P >= t`` and ``-inf`` elsewhere, ``P = q k^T / sqrt(D)
+    + bias`` and ``t`` the k-th largest score of the row (Zhao et al. 2019, arXiv:1912.11637).
+
+    Masking comes before the selection. Rows with fewer than k allowed keys keep them all; k of
+    at least ``S`` is dense attention. A row without any allowed key gives output 0 and gradient 0.
+    The selection is a constant of the backward pass: removed keys get no gradient through this
+    query. Scores are computed and compared in float32 for half-precision inputs, and in float64
+    for float64 ones; autocast is off inside.
+
+    Args:
+        query: ``(B, H, T, D)``.
+        key: ``(B, H_kv, S, D)``; ``H`` is a multiple of ``H_kv``, and head ``h`` of the queries
+            uses key head ``h // (H / H_kv)``.
+        value: ``(B, H_kv, S, D_v)``.
+        top_k: Number of keys to keep, at least 1: one for all rows, or an integer tensor
+            broadcastable to ``(B, H, T)``, such as ``(H, 1)``. Either this or ``ratio``.
+        ratio: Keep ``max(ceil(n / ratio), min_keys)`` of the ``n`` allowed keys of each row. The
+            count is that of the row, so padding and cached decoding change nothing.
+        min_keys: Least k of the ratio rule; has no effect with ``top_k``.
+        mask: Boolean, True = may attend, broadcastable to ``(B, H, T, S)``.
+        bias: Added to the scaled scores, broadcastable to ``(B, H, T, S)``; keys with a bias of
+            ``-inf`` are never kept, but count for ``ratio``.
+        causal: Query ``i`` attends keys ``j <= i + S - T`` only, so that ``T = 1`` fits a cache.
+        ties: ``"keep"`` keeps every key equal to the threshold, so a row may keep more than k;
+            ``"exact"`` keeps exactly k, the lowest key index wins.
+        dropout: Probability of dropping a weight; kept weights grow by ``1 / (1 - dropout)``.
+        impl: Implementation; ``"auto"`` chooses by device and sizes.
+        return_weights: Also return the weights.
+
+    Returns:
+        Output ``(B, H, T, D_v)`` in the dtype of ``value``; with ``return_weights`` a pair with
+        the weights ``(B, H, T, S)`` before dropout, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: An argument does not fit, or the named implementation cannot serve the call.
+    """
+    check_inputs(query, key, value, mask=mask, bias=bias, dropout=dropout)
+    if ties not in ("keep", "exact"):
+        raise ValueError(f"ties must be 'keep' or 'exact', not {ties!r}")
+    batch, num_heads, target = query.shape[:3]
+    source = key.shape[2]
+    if (top_k is None) == (ratio is None):
+        raise ValueError("exactly one of top_k and ratio must be given")
+    if ratio is not None:
+        allowed = count_allowed(
+            mask, causal=causal, target=target, source=source, device=query.device
+        )
+        k = keys_of_ratio(allowed, ratio, min_keys)
+    else:
+        assert top_k is not None
+        k = check_top_k(top_k, (batch, num_heads, target))
+    if source == 0 or (impl == "auto" and isinstance(k, int) and k >= source):
+        return dense_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            causal=causal,
+            dropout=dropout,
+            return_weights=return_weights,
+        )
+    name: str = impl
+    if impl == "auto":
+        name = _select.topk(device=query.device.type)
+    with torch.autocast(query.device.type, enabled=False):
+        if name == "reference":
+            output, weights = reference.attend(
+                query,
+                key,
+                value,
+                k,
+                mask=mask,
+                bias=bias,
+                causal=causal,
+                ties=ties,
+                dropout=dropout,
+            )
+            return (output, weights) if return_weights else output
+    raise ValueError(f"impl must be 'auto' or 'reference', not {impl!r}")
+
+
+def check_top_k(top_k: int | Tensor, rows: tuple[int, int, int]) -> int | Tensor:
+    """Check a given k against the rows ``(B, H, T)``."""
+    if isinstance(top_k, Tensor):
+        if top_k.is_floating_point() or top_k.is_complex() or top_k.dtype == torch.bool:
+            raise ValueError(f"top_k must be an integer or an integer tensor, not {top_k.dtype}")
+        check_broadcast("top_k", top_k, rows)
+        # Reading a value would stall a GPU and break a compiled graph.
+        readable = top_k.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and bool((top_k < 1).any()):
+            raise ValueError(f"top_k must be at least 1 everywhere, not {int(top_k.min())}")
+        return top_k.long()
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise ValueError(f"top_k must be an integer or an integer tensor, not {top_k!r}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    return top_k
+
+
+def count_allowed(
+    mask: Tensor | None, *, causal: bool, target: int, source: int, device: torch.device
+) -> int | Tensor:
+    """Number of keys each row may attend: one number, or broadcastable to ``(B, H, T)``."""
+    if mask is None:
+        if not causal:
+            return source
+        rows = torch.arange(target, device=device) + (source - target + 1)
+        return rows.clamp(min=0)
+    if mask.dim() == 0 or mask.shape[-1] != source:
+        mask = mask.expand(*mask.shape[:-1], source)
+    if causal and mask.shape[-1] == source:
+        allowed = allowed_keys(mask, causal=True, target=target, source=source, device=device)
+        assert allowed is not None
+        return allowed.sum(dim=-1)
+    return mask.sum(dim=-1)
+
+
+def keys_of_ratio(allowed: int | Tensor, ratio: float, min_keys: int) -> int | Tensor:
+    """The rule ``k = max(ceil(n / ratio), min_keys)``."""
+    if not ratio > 0.0:
+        raise ValueError(f"ratio must be positive, not {ratio}")
+    if min_keys < 1:
+        raise ValueError(f"min_keys must be at least 1, not {min_keys}")
+    if isinstance(allowed, int):
+        return max(math.ceil(allowed / ratio), min_keys)
+    # float64 divides whole numbers of this size exactly where the quotient is whole
+    return (allowed.double() / ratio).ceil().long().clamp(min=min_keys)
