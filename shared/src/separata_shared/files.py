@@ -1,8 +1,11 @@
 """Files that are either whole or absent, and reading errors that name the file."""
 
+import gzip
 import hashlib
 import json
+import lzma
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,21 +62,37 @@ def read_json(path: Path | str) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def read_text(path: Path | str) -> str:
-    """Read a UTF-8 text file.
+def read_bytes(path: Path | str) -> bytes:
+    """Read a file, decompressed where its name ends in ``.gz`` or ``.xz``.
 
     Raises:
-        ValueError: The file is missing, a directory, or not valid UTF-8; the message names it.
+        ValueError: The file is missing, a directory, or damaged; the message names it.
     """
     path = Path(path)
     try:
-        return path.read_bytes().decode("utf-8")
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            return gzip.decompress(raw)
+        return lzma.decompress(raw) if path.suffix == ".xz" else raw
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a directory, a file is needed") from None
+    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise ValueError(f"{path}: cannot be decompressed ({error})") from None
+
+
+def read_text(path: Path | str) -> str:
+    """Read a UTF-8 text file, decompressed as ``read_bytes`` does.
+
+    Raises:
+        ValueError: The file cannot be read or is not valid UTF-8; the message names it.
+    """
+    raw = read_bytes(path)
+    try:
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = raw[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}: line {line} is not valid UTF-8") from None
 
 
