@@ -1,0 +1,275 @@
+"""Every file of a folder of goldens (``--goldens DIR``) against this implementation.
+
+What a file pins down is read from its stored ``config`` and the names of its arrays. Tolerances
+are those of goldens/README.md.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from separata_explicit_sparse_transformer.selection import (
+    attention_with,
+    entmax15_attention,
+    official_joint_heads_softmax,
+    official_ratio_attention,
+    official_top_k,
+    selection_before_masking_softmax,
+    softmax_topk,
+    softmax_topk_softmax,
+    sparsemax_attention,
+)
+from separata_explicit_sparse_transformer.span import AdaptiveSpan, build_span_language_model
+from separata_shared.attention import Attend, dense_attention, topk_attention
+from separata_shared.nn import MultiHeadAttention, padding_mask, record_attention
+from separata_shared.nn.cache import GrowingCache
+from torch import Tensor
+
+FORWARD = 1e-5
+GRADIENT = 5e-5
+Arrays = dict[str, Tensor]
+
+
+def test_golden_is_reproduced(golden_path: Path) -> None:
+    if golden_path.suffix == ".json":
+        golden = json.loads(golden_path.read_text(encoding="utf-8"))
+        kinds = [check for keys, check in JSON_KINDS.items() if set(keys) <= set(golden)]
+        assert len(kinds) == 1, f"{golden_path.name}: unknown kind with keys {sorted(golden)}"
+        kinds[0](golden)
+        return
+    with np.load(golden_path, allow_pickle=False) as stored:
+        config = json.loads(str(stored["config"]))
+        arrays = {n: torch.from_numpy(stored[n]) for n in stored.files if n != "config"}
+    assert config["case"] in KINDS, f"{golden_path.name}: unknown kind {config['case']!r}"
+    KINDS[config["case"]](config, arrays)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    torch.testing.assert_close(
+        actual.detach(), expected, atol=tolerance, rtol=0, msg=lambda text: f"{name}: {text}"
+    )
+
+
+def same_weights(actual: Tensor, expected: Tensor, name: str) -> None:
+    close(actual, expected, FORWARD, name)
+    assert torch.equal(actual > 0, expected > 0), f"{name}: another support"
+
+
+def prefixed(arrays: Arrays, prefix: str) -> Arrays:
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+
+# ---- fairseq fork: multi-head attention ----------------------------------------------------------
+
+
+def fairseq_attend(config: dict[str, Any], site: str) -> Attend:
+    entmax = config["entmax"]
+    if entmax in ("sparsemax", 1):
+        return sparsemax_attention
+    if entmax in ("entmax15", 2):
+        return entmax15_attention
+    assert not entmax, f"unknown entmax {entmax!r}"
+    if site not in config["use_att"]:
+        return dense_attention
+    return partial(official_ratio_attention, div=config["div"], lower_bound=config["lb"])
+
+
+def check_mha(config: dict[str, Any], arrays: Arrays) -> None:
+    attend = fairseq_attend(config, config["attention"])
+    module = MultiHeadAttention(
+        config["embed_dim"], config["num_heads"], attend=attend, key_width=config["kdim"]
+    )
+    module.load_state_dict(prefixed(arrays, "param_"))
+    query = arrays["query"].transpose(0, 1).requires_grad_()
+    key = arrays["key"].transpose(0, 1).requires_grad_() if "key" in arrays else None
+    padded = arrays.get("key_padding_mask")
+    mask = None if padded is None else ~padded[:, None, None, :]
+    with record_attention(module) as recorded:
+        out = module(query, key, mask=mask, causal=config["causal"])
+    (weights,) = recorded.values()
+    close(out.transpose(0, 1), arrays["out"], FORWARD, "out")
+    same_weights(weights.transpose(0, 1), arrays["weights"], "weights")
+    if config["effective_k"] is not None and config["entmax"] is None:
+        top_k = official_top_k(config["div"], config["lb"], config["src_len"])
+        assert top_k == config["effective_k"]
+
+    (out * arrays["grad_out"].transpose(0, 1)).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    gradients["query"] = query.grad.transpose(0, 1)
+    if key is not None:
+        gradients["key"] = key.grad.transpose(0, 1)
+    for name, expected in prefixed(arrays, "grad_").items():
+        if name != "out":
+            close(gradients[name], expected, GRADIENT, f"grad_{name}")
+
+
+def check_incremental(config: dict[str, Any], arrays: Arrays) -> None:
+    length = config["length"]
+    rule = partial(official_top_k, config["div"], config["lb"])
+    assert config["k_teacher_forced"] == rule(length)
+    assert config["k_per_step"] == [rule(seen) for seen in range(1, length + 1)]
+    attend = partial(official_ratio_attention, div=config["div"], lower_bound=config["lb"])
+    module = MultiHeadAttention(config["embed_dim"], config["num_heads"], attend=attend)
+    module.load_state_dict(prefixed(arrays, "param_"))
+    x = arrays["x"].transpose(0, 1)
+    cache = GrowingCache()
+    with torch.no_grad(), record_attention(module) as recorded:
+        out = module(x, causal=True)
+        close(out.transpose(0, 1), arrays["out_teacher_forced"], FORWARD, "out_teacher_forced")
+        (weights,) = recorded.values()
+        same_weights(weights.transpose(0, 1), arrays["weights_teacher_forced"], "teacher forced")
+        for step in range(length):
+            out = module(x[:, step : step + 1], causal=True, cache=cache)
+            close(out[:, 0], arrays["out_incremental"][step], FORWARD, f"step {step}")
+            (weights,) = recorded.values()
+            weights = F.pad(weights[:, :, 0], (0, length - step - 1)).transpose(0, 1)
+            same_weights(weights, arrays["weights_incremental"][step], f"weights of step {step}")
+
+
+# ---- tensor2tensor fork: attention functions -----------------------------------------------------
+
+
+def check_tensor2tensor(config: dict[str, Any], arrays: Arrays) -> None:
+    q, k, v = (arrays[name].clone().requires_grad_() for name in "qkv")
+    bias = arrays.get("bias")
+    # The query is scaled already. Widening the heads with zeros to a power of four makes undoing
+    # our own scaling exact.
+    width = 4 ** math.ceil(math.log(q.shape[-1], 4))
+    widen = (0, width - q.shape[-1])
+    attend, options = tensor2tensor_attend(config, bias)
+    out, weights = attend(
+        F.pad(q, widen) * math.sqrt(width), F.pad(k, widen), v, return_weights=True, **options
+    )
+    close(out, arrays["out"], FORWARD, "out")
+    same_weights(weights.detach(), arrays["weights"], "weights")
+    visible = arrays["logits_after_mask"] > -1e8
+    scores = (q @ k.mT).detach() + (0 if bias is None else bias)
+    close(scores[visible], arrays["logits_after_mask"][visible], FORWARD, "logits_after_mask")
+    (out * arrays["grad_out"]).sum().backward()
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        close(tensor.grad, arrays[f"grad_{name}"], GRADIENT, f"grad_{name}")
+
+
+def tensor2tensor_attend(
+    config: dict[str, Any], bias: Tensor | None
+) -> tuple[Attend, dict[str, Any]]:
+    """The attention function that a config names, and how it is given the official bias."""
+    additive = {"bias": bias}
+    top_k = official_top_k(config["d"], config["lb"], config["src_len"])
+    if config["function"] == "entmax15":
+        return entmax15_attention, additive
+    if config["function"] == "sparsemax":
+        return sparsemax_attention, additive
+    selected, site = config["selected_type"], config["attention_type"]
+    excluded = site == "decoder_self_attention" if selected == "two" else selected != site
+    if top_k is None or (selected != "all" and excluded):
+        return dense_attention, additive
+    if config["function"] == "ensemble_sparse":
+        return attention_with(partial(official_joint_heads_softmax, top_k=top_k)), additive
+    assert config["function"] == "sparse", f"unknown function {config['function']!r}"
+    if not config["before_softmax"]:
+        rule = softmax_topk_softmax if config["softmax_again"] else softmax_topk
+        return attention_with(partial(rule, top_k=top_k)), additive
+    if config["before_padding"]:
+        rule = selection_before_masking_softmax
+        mask = None if bias is None else bias > -1e8
+        return attention_with(partial(rule, top_k=top_k)), {"mask": mask}
+    return partial(topk_attention, top_k=top_k), additive
+
+
+# ---- adaptive-span fork --------------------------------------------------------------------------
+
+
+def check_span_mask(config: dict[str, Any], arrays: Arrays) -> None:
+    span = AdaptiveSpan(
+        config["max_span"],
+        num_heads=config["heads"],
+        ramp=config["ramp"],
+        top_k=partial(official_top_k, config["div"], config["lb"]),
+    )
+    span.load_state_dict({"share": arrays["current_val"]})
+    assert span.longest() == config["current_max_span"]
+    assert span.average() == config["current_avg_span"]
+    assert span.trimmed() == config["trim_len"]
+    assert span.cache_length() == config["cache_size"]
+    heads = (config["batch"], config["heads"])
+    probs = arrays["probs"].clone().requires_grad_()
+    out = span(probs.unflatten(0, heads))
+    same_weights(out.detach().flatten(0, 1), arrays["out"], "out")
+    (out * arrays["grad_out"].unflatten(0, heads)).sum().backward()
+    close(probs.grad, arrays["grad_probs"], GRADIENT, "grad_probs")
+    close(span.share.grad, arrays["grad_current_val"], GRADIENT, "grad_current_val")
+    close(config["loss_coeff"] * span.loss(), arrays["span_loss"], FORWARD, "span_loss")
+
+
+SPAN_NAMES = {
+    "key_pe": "key_positions",
+    "in_emb.": "embedding.",
+    "out_emb.": "output.",
+    "attn.attn.adaptive_span._mask.current_val": "attention.span.share",
+    "attn.proj_query": "attention.q_proj",
+    "attn.proj_key": "attention.k_proj",
+    "attn.proj_val": "attention.v_proj",
+    "attn.proj_out": "attention.out_proj",
+    "ff.": "feed_forward.",
+    "norm1": "attention_residual.norm",
+    "norm2": "feed_forward_residual.norm",
+}
+
+
+def from_span_names(arrays: Arrays) -> Arrays:
+    renamed = {}
+    for name, array in arrays.items():
+        for official, ours in SPAN_NAMES.items():
+            name = name.replace(official, ours)
+        renamed[name] = array[0] if name == "key_positions" else array
+    return renamed
+
+
+def check_span_language_model(config: dict[str, Any], arrays: Arrays) -> None:
+    model = build_span_language_model(
+        config["vocab"],
+        width=config["hidden"],
+        hidden_width=config["ffn"],
+        num_heads=config["heads"],
+        num_layers=config["layers"],
+        dropout=0.0,
+        span=lambda: AdaptiveSpan(
+            config["max_span"],
+            num_heads=config["heads"],
+            ramp=config["ramp"],
+            top_k=partial(official_top_k, config["div"], config.get("lb", 0)),
+        ),
+    )
+    model.load_state_dict(from_span_names(prefixed(arrays, "param_")))
+    assert [span.cache_length() for span in model.spans] == config["cache_sizes"]
+    numbers = range(config["layers"])
+    logits, caches = model(arrays["x"], [arrays[f"cache{n}"] for n in numbers])
+    close(logits.log_softmax(dim=-1), arrays["log_probs"], FORWARD, "log_probs")
+    for n in numbers:
+        close(caches[n], arrays[f"next_cache{n}"], FORWARD, f"next_cache{n}")
+    loss = F.cross_entropy(logits.flatten(0, 1), arrays["y"].flatten())
+    span_loss = config["loss_coeff"] * model.span_loss()
+    close(loss, arrays["loss"], FORWARD, "loss")
+    close(span_loss, arrays["span_loss"], FORWARD, "span_loss")
+    (loss + span_loss).backward()
+    gradients = dict(model.named_parameters())
+    for name, expected in from_span_names(prefixed(arrays, "grad_")).items():
+        close(gradients[name].grad, expected, GRADIENT, f"grad_{name}")
+
+
+KINDS: dict[str, Callable[[dict[str, Any], Arrays], None]] = {
+    "mha": check_mha,
+    "incremental": check_incremental,
+    "t2t": check_tensor2tensor,
+    "adaptive_span_mask": check_span_mask,
+    "adaptive_span_lm": check_span_language_model,
+}
+JSON_KINDS: dict[tuple[str, ...], Callable[[dict[str, Any]], None]] = {}
