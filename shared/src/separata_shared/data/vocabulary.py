@@ -147,19 +147,17 @@ def frequent_words(lines: Iterable[str], size: int) -> Vocabulary:
 
 def train_subwords(
     lines: Iterable[str],
-    path: Path | str,
     size: int,
     *,
     kind: Literal["bpe", "unigram"] = "bpe",
 ) -> Vocabulary:
-    """Learn sub-words with sentencepiece, write the model to ``path`` and return the vocabulary.
+    """Learn a vocabulary of sub-words with sentencepiece.
 
     Equal lines give equal bytes: one thread, no sampling. Every character of ``lines`` is covered
     and text is not normalised beyond white space, so decoding gives the line back.
 
     Args:
         lines: Training text, one sentence each.
-        path: Where the model is written, atomically.
         size: Number of tokens, special tokens included.
         kind: Byte-pair encoding or a unigram language model.
 
@@ -186,9 +184,7 @@ def train_subwords(
         )
     except RuntimeError as error:
         raise ValueError(_training_problem(str(error), size)) from None
-    vocabulary = _subword_vocabulary(model.getvalue())
-    vocabulary.save(path)
-    return vocabulary
+    return _subword_vocabulary(model.getvalue())
 
 
 def _training_problem(message: str, size: int) -> str:

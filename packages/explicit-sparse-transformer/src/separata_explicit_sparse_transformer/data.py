@@ -1,0 +1,392 @@
+"""Prepared data as the model sees it: token sequences, splits, batches.
+
+Three levels of data go through the same code: ``tiny`` is made when it is loaded, ``sample`` comes
+out of two pip packages, all others out of files; ``prepare`` turns the latter two into a directory
+that ``load`` maps into memory.
+
+Shapes: B sentences, S source tokens, T target tokens, N sentences of a split.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from separata_shared.data.vocabulary import (
+    EOS,
+    PAD,
+    Vocabulary,
+    frequent_words,
+    train_subwords,
+)
+from separata_shared.files import read_lines
+from torch import Tensor
+
+from . import datasets, storage
+
+Dataset = Literal[
+    "tiny",
+    "sample",
+    "text",
+    "multi30k",
+    "iwslt14_de_en",
+    "iwslt15_en_vi",
+    "tiny_characters",
+    "enwik8",
+]
+SPLITS = ("train", "valid", "test")
+CHARACTERS = ("tiny_characters", "enwik8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which corpus, how it becomes tokens, and how tokens become batches."""
+
+    dataset: Dataset = "tiny"
+    """``tiny``: made sentence pairs. ``sample``: Middle English to modern English, out of two pip
+    packages. ``text``: your own files. ``multi30k``, ``iwslt14_de_en``, ``iwslt15_en_vi``: the
+    public sets. ``tiny_characters`` (made) and ``enwik8``: characters for the language model."""
+
+    raw: str = "data/raw"
+    """Directory of the downloaded files. With ``text``: a directory with ``train``, ``valid`` and
+    ``test`` as ``.tsv`` or as one file per language (``train.de``, ``train.en``), or one ``.tsv``
+    file, which is then split by a hash of its source lines. ``.gz`` and ``.xz`` are read too."""
+
+    prepared: str = "data/prepared"
+    """Directory that ``prepare`` writes and the other commands read."""
+
+    source_language: str = "de"
+    """Ending of the source files' names."""
+
+    target_language: str = "en"
+    """Ending of the target files' names."""
+
+    lowercase: bool = False
+    """Whether ``prepare`` lower-cases the text; IWSLT'14 De-En always is."""
+
+    segmentation: Literal["bpe", "unigram", "words"] = "bpe"
+    """Sub-words by byte-pair encoding or by a unigram model (sentencepiece), or whole words."""
+
+    vocabulary_size: int = 10000
+    """Tokens of each vocabulary, four special ones included (words: at most so many)."""
+
+    vocabularies: Literal["joint", "separate"] = "joint"
+    """One vocabulary learned on both sides, or one for each side."""
+
+    max_length: int = 256
+    """Longest sentence in tokens, end mark included. Longer training pairs are left out and
+    counted; a longer validation or test sentence is an error."""
+
+    max_tokens: int = 4000
+    """Padded tokens of a batch, on the longer side."""
+
+    train_bytes: int = 0
+    """With ``enwik8``: use only so many bytes of the training part; 0 means all."""
+
+    tiny_task: Literal["copy", "reverse", "map"] = "reverse"
+    """What the target of a ``tiny`` pair is: the source, the source backwards, or the source with
+    every symbol replaced by its partner in another alphabet."""
+
+    tiny_pairs: int = 2000
+    """Training pairs (or characters / 10) of the made data; a tenth for each other split."""
+
+    tiny_symbols: int = 12
+    """Symbols of the made data."""
+
+    tiny_length: int = 10
+    """Longest made sentence in symbols; the shortest has three."""
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot say."""
+        for name in ("max_length", "max_tokens", "tiny_pairs", "tiny_symbols"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}: must be at least 1, got {getattr(self, name)}")
+        if self.vocabulary_size < 5:
+            raise ValueError(f"data.vocabulary_size: at least 5, got {self.vocabulary_size}")
+        if self.max_tokens < self.max_length:
+            raise ValueError(
+                f"data.max_tokens: {self.max_tokens} cannot hold one sentence of data.max_length "
+                f"{self.max_length}"
+            )
+        if self.tiny_length < 3:
+            raise ValueError(f"data.tiny_length: must be at least 3, got {self.tiny_length}")
+        if self.train_bytes < 0:
+            raise ValueError(f"data.train_bytes: must not be negative, got {self.train_bytes}")
+        if self.source_language == self.target_language:
+            raise ValueError(
+                f"data.source_language, data.target_language: both are {self.source_language!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences in one flat array, so that millions of them cost nothing to open."""
+
+    tokens: NDArray[np.integer]
+    """All sequences one after another."""
+
+    offsets: NDArray[np.int64]
+    """Where each begins; one more entry at the end. Shape (N + 1)."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> NDArray[np.integer]:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sequence, end mark included. Shape (N)."""
+        return np.diff(self.offsets)
+
+    def padded(self, indices: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """The chosen sequences as rows, padded on the right. Shape (B, longest), int64."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        starts, lengths = self.offsets[chosen], self.offsets[chosen + 1] - self.offsets[chosen]
+        columns = np.arange(lengths.max(initial=0))
+        filled = columns < lengths[:, None]
+        rows = np.full(filled.shape, PAD, dtype=np.int64)
+        rows[filled] = self.tokens[(starts[:, None] + columns)[filled]]
+        return torch.from_numpy(rows)
+
+    @classmethod
+    def of(cls, rows: Iterable[NDArray[np.integer]]) -> "Sequences":
+        """Join separate rows."""
+        rows = list(rows)
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        tokens = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
+        return cls(tokens, offsets)
+
+
+@dataclass(frozen=True)
+class ParallelBatch:
+    """A few sentence pairs, padded on the right with ``PAD``."""
+
+    source: Tensor
+    """Source tokens, ``EOS`` at the end. Shape (B, S)."""
+
+    decoder_input: Tensor
+    """Target tokens moved one to the right, beginning with ``EOS`` as in fairseq. Shape (B, T)."""
+
+    target: Tensor
+    """Target tokens, ``EOS`` at the end. Shape (B, T)."""
+
+    indices: Tensor
+    """Place of each pair in its split. Shape (B)."""
+
+    def to(self, device: torch.device | str) -> "ParallelBatch":
+        """The batch on another device."""
+        return ParallelBatch(
+            *(
+                tensor.to(device, non_blocking=True)
+                for tensor in (self.source, self.decoder_input, self.target, self.indices)
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sentence pairs of one part of a corpus."""
+
+    source: Sequences
+    target: Sequences
+    source_lines: tuple[str, ...] = ()
+    """Text of the source sentences; empty for a prepared training part."""
+
+    target_lines: tuple[str, ...] = ()
+    """Reference translations; empty for a prepared training part."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of the longer side of each pair. Shape (N)."""
+        return np.maximum(self.source.lengths, self.target.lengths)
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> ParallelBatch:
+        """The pairs of these numbers as padded tensors."""
+        target = self.target.padded(indices)
+        begin = target.new_full((len(target), 1), EOS)
+        decoder_input = torch.cat([begin, target[:, :-1]], dim=1)
+        # The end mark of a shorter sentence is its last target, never an input.
+        decoder_input[:, 1:][decoder_input[:, 1:] == EOS] = PAD
+        return ParallelBatch(
+            self.source.padded(indices),
+            decoder_input,
+            target,
+            torch.as_tensor(np.asarray(indices, dtype=np.int64)),
+        )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Sentence pairs in three parts, and the vocabularies of their two sides."""
+
+    train: Split
+    valid: Split
+    test: Split
+    source_vocabulary: Vocabulary
+    target_vocabulary: Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Characters:
+    """A text in three parts as symbol numbers, for the language model."""
+
+    train: NDArray[np.uint8]
+    valid: NDArray[np.uint8]
+    test: NDArray[np.uint8]
+    alphabet: bytes
+    """Byte of each symbol number. The number after the last stands for any other byte."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of symbols, the one for unseen bytes included."""
+        return len(self.alphabet) + 1
+
+    def decode(self, symbols: Iterable[int]) -> bytes:
+        """Bytes of symbol numbers; the unseen symbol becomes ``?``."""
+        table = self.alphabet + b"?"
+        return bytes(table[symbol] for symbol in symbols)
+
+
+def learn_vocabularies(text: datasets.Text, data: DataConfig) -> tuple[Vocabulary, Vocabulary]:
+    """Source and target vocabulary of a training text; the same one when they are joint."""
+    train = text.train
+
+    def learn(lines: tuple[str, ...]) -> Vocabulary:
+        if data.segmentation == "words":
+            return frequent_words(lines, data.vocabulary_size)
+        return train_subwords(lines, data.vocabulary_size, kind=data.segmentation)
+
+    if data.vocabularies == "joint":
+        joint = learn(train.source + train.target)
+        return joint, joint
+    return learn(train.source), learn(train.target)
+
+
+def tokenise(
+    text: datasets.Text, data: DataConfig, vocabularies: tuple[Vocabulary, Vocabulary]
+) -> Corpus:
+    """Turn the lines of a text into tokens.
+
+    A training pair with an empty or too long side is left out.
+
+    Raises:
+        ValueError: A validation or test sentence is longer than ``data.max_length``, or no training
+            pair is left.
+    """
+    source_vocabulary, target_vocabulary = vocabularies
+    splits: dict[str, Split] = {}
+    for name, lines in text.splits.items():
+        source = [source_vocabulary.encode(line) for line in lines.source]
+        target = [target_vocabulary.encode(line) for line in lines.target]
+        longest = [max(len(a), len(b)) for a, b in zip(source, target, strict=True)]
+        shortest = [min(len(a), len(b)) for a, b in zip(source, target, strict=True)]
+        kept = list(range(len(source)))
+        if name == "train":
+            # One token is the end mark alone.
+            kept = [n for n in kept if shortest[n] > 1 and longest[n] <= data.max_length]
+        elif max(longest) > data.max_length:
+            worst = next(n for n in kept if longest[n] > data.max_length)
+            raise ValueError(
+                f"{name} sentence {worst + 1} has {longest[worst]} tokens, more than "
+                f"data.max_length {data.max_length}: raise it or shorten the sentence"
+            )
+        if not kept:
+            raise ValueError(f"the {name} part has no sentence of at most data.max_length tokens")
+        splits[name] = Split(
+            Sequences.of(source[n] for n in kept),
+            Sequences.of(target[n] for n in kept),
+            tuple(lines.source[n] for n in kept),
+            tuple(lines.target[n] for n in kept),
+        )
+    return Corpus(
+        **splits, source_vocabulary=source_vocabulary, target_vocabulary=target_vocabulary
+    )
+
+
+def settings(data: DataConfig) -> dict[str, Any]:
+    """The fields of a configuration on which the prepared files depend."""
+    names = ["dataset", "lowercase", "segmentation", "vocabulary_size", "vocabularies"]
+    names += ["source_language", "target_language", "max_length"]
+    if data.dataset in CHARACTERS:
+        names = ["dataset", "train_bytes"]
+    return {name: getattr(data, name) for name in names}
+
+
+def load(data: DataConfig) -> Corpus:
+    """Open a parallel corpus: ``tiny`` is made, the others are read from ``data.prepared``.
+
+    Raises:
+        ValueError: The corpus was not prepared, or otherwise than ``data`` says, or is damaged.
+    """
+    if data.dataset in CHARACTERS:
+        raise ValueError(f"data.dataset: {data.dataset} is no parallel text, a language model's")
+    if data.dataset == "tiny":
+        text = datasets.tiny(
+            data.tiny_task,
+            pairs=data.tiny_pairs,
+            symbols=data.tiny_symbols,
+            length=data.tiny_length,
+        )
+        data = replace(data, segmentation="words")
+        return tokenise(text, data, learn_vocabularies(text, data))
+    directory = Path(data.prepared)
+    manifest = storage.open_prepared(directory, settings(data))
+    vocabularies = {}
+    for side in ("source", "target"):
+        vocabularies[side] = Vocabulary.load(directory / f"{side}.vocabulary")
+        vocabularies[side].check(manifest["vocabularies"][side], directory)
+    return Corpus(
+        **{name: _read_split(directory, name) for name in SPLITS},
+        source_vocabulary=vocabularies["source"],
+        target_vocabulary=vocabularies["target"],
+    )
+
+
+def _read_split(directory: Path, name: str) -> Split:
+    sides = []
+    for side in ("source", "target"):
+        tokens = storage.read_array(directory / f"{name}.{side}.tokens.npy")
+        offsets = storage.read_array(directory / f"{name}.{side}.offsets.npy")
+        if offsets[-1] != len(tokens):
+            raise ValueError(f"{directory}: {name}.{side} arrays disagree; prepare the data again")
+        sides.append(Sequences(tokens, offsets))
+    source, target = sides
+    if name == "train":
+        return Split(source, target)
+    lines = [tuple(read_lines(directory / f"{name}.{side}.txt")) for side in ("source", "target")]
+    return Split(source, target, *lines)
+
+
+def load_characters(data: DataConfig) -> Characters:
+    """Open a text for the language model: ``tiny_characters`` is made, ``enwik8`` is prepared.
+
+    Raises:
+        ValueError: The text was not prepared, or otherwise than ``data`` says, or is damaged.
+    """
+    if data.dataset not in CHARACTERS:
+        raise ValueError(f"data.dataset: {data.dataset} is no text for a language model")
+    if data.dataset == "tiny_characters":
+        return number_characters(*datasets.tiny_characters(data.tiny_pairs * 10))
+    directory = Path(data.prepared)
+    manifest = storage.open_prepared(directory, settings(data))
+    parts = {name: storage.read_array(directory / f"{name}.symbols.npy") for name in SPLITS}
+    return Characters(**parts, alphabet=bytes(manifest["alphabet"]))
+
+
+def number_characters(train: bytes, valid: bytes, test: bytes) -> Characters:
+    """Number the bytes of the training part in ascending order; one more number is for others."""
+    parts = {"train": train, "valid": valid, "test": test}
+    symbols = {name: np.frombuffer(part, dtype=np.uint8) for name, part in parts.items()}
+    alphabet = np.unique(symbols["train"])
+    table = np.full(256, len(alphabet), dtype=np.uint8)
+    table[alphabet] = np.arange(len(alphabet), dtype=np.uint8)
+    numbered = {name: table[part] for name, part in symbols.items()}
+    return Characters(**numbered, alphabet=alphabet.tobytes())
