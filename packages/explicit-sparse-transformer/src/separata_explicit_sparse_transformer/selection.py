@@ -270,7 +270,7 @@ def _kept_over_heads(scores: Tensor, top_k: int, mask: Tensor | None, ties: Ties
     if mask is not None:
         mask = mask.expand(scores.shape).transpose(1, 2).flatten(2)
     kept = kept_keys(joint, heads * min(top_k, size), mask=mask, ties=ties)
-    return kept.unflatten(2, (heads, size)).transpose(1, 2)
+    return kept.reshape(*kept.shape[:2], heads, size).transpose(1, 2)
 
 
 class Normalise(Protocol):

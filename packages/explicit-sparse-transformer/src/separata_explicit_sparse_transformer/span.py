@@ -31,14 +31,14 @@ def skew(weights: Tensor) -> Tensor:
     """
     rows, span = weights.shape[-2:]
     padded = F.pad(weights, (0, rows + 1)).flatten(-2)  # (..., T * (L + T + 1))
-    return padded[..., :-rows].unflatten(-1, (rows, span + rows))
+    return padded[..., :-rows].reshape(*weights.shape[:-1], span + rows)
 
 
 def unskew(scores: Tensor) -> Tensor:
     """Undo ``skew``: take entries i to i + L - 1 of row i of ``(..., T, L + T)``."""
     rows, columns = scores.shape[-2:]
     padded = F.pad(scores.flatten(-2), (0, rows))
-    return padded.unflatten(-1, (rows, columns + 1))[..., : columns - rows]
+    return padded.reshape(*scores.shape[:-1], columns + 1)[..., : columns - rows]
 
 
 def every_key(num_keys: int) -> int | None:
@@ -161,7 +161,7 @@ class SpanAttention(nn.Module):
         wanted = span + x.shape[1]
         past = F.pad(past[:, -wanted:], (0, 0, max(wanted - past.shape[1], 0), 0))
         query, key, value = (
-            projection(states).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            projection(states).reshape(*states.shape[:2], self.num_heads, -1).transpose(1, 2)
             for projection, states in ((self.q_proj, x), (self.k_proj, past), (self.v_proj, past))
         )
         content = unskew(query @ key.mT)  # (B, H, T, span)
