@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from separata_shared.data import Batches, MappedSequence, TokenBuckets, pad
 from separata_shared.data.vocabulary import (
     EOS,
     PAD,
@@ -142,16 +143,6 @@ class Sequences:
         """Tokens of each sequence, end mark included. Shape (N)."""
         return np.diff(self.offsets)
 
-    def padded(self, indices: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        """The chosen sequences as rows, padded on the right. Shape (B, longest), int64."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        starts, lengths = self.offsets[chosen], self.offsets[chosen + 1] - self.offsets[chosen]
-        columns = np.arange(lengths.max(initial=0))
-        filled = columns < lengths[:, None]
-        rows = np.full(filled.shape, PAD, dtype=np.int64)
-        rows[filled] = self.tokens[(starts[:, None] + columns)[filled]]
-        return torch.from_numpy(rows)
-
     @classmethod
     def of(cls, rows: Iterable[NDArray[np.integer]]) -> "Sequences":
         """Join separate rows."""
@@ -205,18 +196,28 @@ class Split:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of the longer side of each pair. Shape (N)."""
-        return np.maximum(self.source.lengths, self.target.lengths)
+        """Tokens of source and target of each pair. Shape (N, 2)."""
+        return np.stack([self.source.lengths, self.target.lengths], axis=1)
+
+    def batches(self, max_tokens: int, *, seed: int) -> Batches[ParallelBatch]:
+        """Shuffled batches of at most ``max_tokens`` padded tokens on each side, by epoch."""
+        buckets = TokenBuckets(self.lengths, max_tokens=max_tokens, seed=seed)
+        return lambda epoch: MappedSequence(self.batch, buckets(epoch))
+
+    def in_order(self, max_tokens: int) -> Sequence[ParallelBatch]:
+        """All pairs once, in batches by falling length; ``indices`` tells where each belongs."""
+        buckets = TokenBuckets(self.lengths, max_tokens=max_tokens)
+        return MappedSequence(self.batch, buckets.in_order())
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> ParallelBatch:
         """The pairs of these numbers as padded tensors."""
-        target = self.target.padded(indices)
+        target = pad([self.target[n] for n in indices], PAD)
         begin = target.new_full((len(target), 1), EOS)
         decoder_input = torch.cat([begin, target[:, :-1]], dim=1)
         # The end mark of a shorter sentence is its last target, never an input.
         decoder_input[:, 1:][decoder_input[:, 1:] == EOS] = PAD
         return ParallelBatch(
-            self.source.padded(indices),
+            pad([self.source[n] for n in indices], PAD),
             decoder_input,
             target,
             torch.as_tensor(np.asarray(indices, dtype=np.int64)),

@@ -181,6 +181,9 @@ def _download(url: str, raw: Path, name: str) -> None:
             temporary.open("wb") as file,
         ):
             shutil.copyfileobj(answer, file)
+            announced = answer.headers.get("Content-Length")
+            if announced and file.tell() != int(announced):
+                raise ConnectionError(f"broke off after {file.tell()} of {announced} bytes")
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise ValueError(
             f"{path}: missing, and {url} cannot be fetched ({error}); put the file there"

@@ -91,7 +91,8 @@ def read_array(path: Path) -> NDArray[Any]:
         ValueError: The file is missing or damaged; the message names it.
     """
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        # A plain view of the map: slices of np.memmap itself are several times slower.
+        array: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: not a readable array ({error})") from None
     return array
