@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
+from separata_explicit_sparse_transformer.build import build_model
+from separata_explicit_sparse_transformer.config import ModelConfig
+from separata_explicit_sparse_transformer.convert import from_fairseq
+from separata_explicit_sparse_transformer.model import ExplicitSparseTransformer
 from separata_explicit_sparse_transformer.selection import (
     attention_with,
     entmax15_attention,
@@ -28,6 +31,8 @@ from separata_explicit_sparse_transformer.selection import (
 )
 from separata_explicit_sparse_transformer.span import AdaptiveSpan, build_span_language_model
 from separata_shared.attention import Attend, dense_attention, topk_attention
+from separata_shared.data.vocabulary import BOS, EOS, PAD, UNK
+from separata_shared.decoding import beam_search, power_penalty
 from separata_shared.nn import MultiHeadAttention, padding_mask, record_attention
 from separata_shared.nn.cache import GrowingCache
 from torch import Tensor
@@ -265,10 +270,104 @@ def check_span_language_model(config: dict[str, Any], arrays: Arrays) -> None:
         close(gradients[name].grad, expected, GRADIENT, f"grad_{name}")
 
 
+# ---- fairseq fork: whole model -------------------------------------------------------------------
+
+SITES = {"encoder_self": "es", "decoder_self": "ds", "cross": "dc"}
+
+
+def tiny_transformer(config: dict[str, Any], arrays: Arrays) -> ExplicitSparseTransformer:
+    untied = {"decoder.embed_out", "decoder.output_projection.weight"} & set(config["params"])
+    sharing = "joint" if config["share_all_embeddings"] else "separate" if untied else "target"
+    state = from_fairseq(prefixed(arrays, "param_"))
+    model = build_model(
+        ModelConfig(
+            width=config["embed_dim"],
+            num_heads=config["heads"],
+            hidden_width=config["ffn"],
+            encoder_layers=config["layers"],
+            decoder_layers=config["layers"],
+            dropout=0.0,
+            normalisation="pre" if config["prenorm"] else "post",
+            embeddings=sharing,
+            source_vocabulary_size=len(state["source.tokens.weight"]),
+            target_vocabulary_size=len(state["target.tokens.weight"]),
+        ),
+        attend=lambda site, layer: fairseq_attend(config, SITES[site]),
+    )
+    model.load_state_dict(state)
+    assert model.source.tokens.scale == config["embed_scale"]
+    assert (config["pad"], config["bos"], config["eos"], config["unk"]) == (PAD, BOS, EOS, UNK)
+    return model.eval()
+
+
+def check_tiny_transformer(config: dict[str, Any], arrays: Arrays) -> None:
+    model = tiny_transformer(config, arrays)
+    source, target_input = arrays["src_tokens"], arrays["prev_output_tokens"]
+    with record_attention(model) as recorded:
+        memory, mask = model.encode(source)
+        # fairseq also masks padded target tokens. Nothing but the rows of padding depends on it,
+        # so our model does not spend a mask on them.
+        states = model.decoder(
+            model.target(target_input),
+            memory,
+            memory_mask=mask,
+            self_mask=padding_mask(target_input, PAD),
+        )
+    logits = model.output(states)
+    close(logits, arrays["logits"], FORWARD, "logits")
+    real = target_input != PAD
+    unmasked = model(source, target_input)
+    close(unmasked[real], arrays["logits"][real], FORWARD, "logits of the model's own forward")
+    close(logits.log_softmax(dim=-1), arrays["log_probs"], FORWARD, "log_probs")
+    cross = recorded[f"decoder.layers.{config['layers'] - 1}.cross_attention"]
+    close(cross.mean(dim=1), arrays["cross_attn_last_layer"], FORWARD, "cross_attn_last_layer")
+
+    flat, target = logits.flatten(0, 1), arrays["target"].flatten()
+    cross_entropy = partial(F.cross_entropy, flat, target, ignore_index=PAD, reduction="sum")
+    loss = cross_entropy(label_smoothing=config["label_smoothing"])
+    close(loss, arrays["loss_sum"], 1e-3, "loss_sum")
+    close(cross_entropy(), arrays["nll_sum"], 1e-3, "nll_sum")
+    assert target.ne(PAD).sum() == arrays["ntokens"]
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False)}
+    for name, expected in from_fairseq(prefixed(arrays, "grad_")).items():
+        close(gradients[name], expected, 1e-4, f"grad_{name}")
+    check_beam(config, arrays, model)
+
+
+def check_beam(config: dict[str, Any], arrays: Arrays, model: ExplicitSparseTransformer) -> None:
+    sentences, length = arrays["src_tokens"].shape
+    limit = int(config["max_len_a"] * length + config["max_len_b"])
+    with torch.no_grad():
+        results = beam_search(
+            model.step,
+            model.start(arrays["src_tokens"]),
+            torch.full((sentences,), EOS),
+            beam_size=config["beam"],
+            max_lengths=[limit] * sentences,
+            eos_index=EOS,
+            padding_index=PAD,
+            length_penalty=power_penalty(config["len_penalty"]),
+        )
+    for sentence, hypotheses in enumerate(results):
+        expected = arrays["beam_tokens"][sentence]
+        rows = [row[row != PAD] for row in expected]
+        assert hypotheses[0].tokens.tolist() == rows[0].tolist()
+        scores = torch.tensor([hypothesis.score for hypothesis in hypotheses])
+        close(scores, arrays["beam_scores"][sentence], 1e-4, "beam_scores")
+        # Hypotheses of nearly equal score may change places; each has its own token scores.
+        places = {tuple(row.tolist()): place for place, row in enumerate(rows)}
+        for hypothesis in hypotheses:
+            place = places[tuple(hypothesis.tokens.tolist())]
+            steps = arrays["beam_positional_scores"][sentence, place, : len(rows[place])]
+            close(hypothesis.positional_scores, steps, 1e-4, "beam_positional_scores")
+
+
 KINDS: dict[str, Callable[[dict[str, Any], Arrays], None]] = {
     "mha": check_mha,
     "incremental": check_incremental,
     "t2t": check_tensor2tensor,
+    "tiny_transformer": check_tiny_transformer,
     "adaptive_span_mask": check_span_mask,
     "adaptive_span_lm": check_span_language_model,
 }
