@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentError, ArgumentParser, get_loader
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
 
 from separata_shared.files import read_text
 
@@ -72,6 +72,7 @@ def to_yaml(groups: Mapping[str, Any]) -> str:
 
 def _run(verbs: Mapping[str, Verb], verb: str, argv: list[str], package: str) -> None:
     function = _load(verbs[verb])
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _parser(function, f"{package.replace('_', '-')} {verb}")
     name, overrides = _split_config(argv)
     path = _find(name, package)
@@ -182,7 +183,8 @@ def _parse(
     try:
         parser.instantiate(parser.parse_object(settings))
     except (ArgumentError, ValueError, TypeError) as error:
-        if _one_line(error) == message:  # the file alone is at fault
+        # The file alone is at fault; what it lacks may still come from the command line.
+        if _one_line(error) == message and "required" not in message:
             message = f"{path}: {message}"
     raise ValueError(message)
 

@@ -7,10 +7,10 @@ with ``weights_only=True``.
 
 import pickle
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -44,27 +44,39 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not admitted")
 
 
-def read_index(file: IO[bytes]) -> Metadata:
-    """Read the index of a checkpoint that holds tensors only.
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a checkpoint.
 
     Raises:
-        pickle.UnpicklingError: The file is something else.
+        pickle.UnpicklingError: The index is something else.
     """
-    index = _IndexUnpickler(file).load()
-    if not isinstance(index, Metadata) or not all(
-        isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values()
-    ):
-        raise pickle.UnpicklingError("not an index of tensors")
+    entries = _read_index(path).state_dict_metadata
+    return {name: tuple(_tensor(entry).size) for name, entry in entries.items()}
+
+
+def _read_index(path: Path) -> Metadata:
+    with (path / ".metadata").open("rb") as file:
+        index = _IndexUnpickler(file).load()
+    if not isinstance(index, Metadata):
+        raise pickle.UnpicklingError("not the index of a checkpoint")
+    for entry in index.state_dict_metadata.values():
+        _tensor(entry)
     return index
 
 
+def _tensor(entry: object) -> TensorStorageMetadata:
+    # Anything but a tensor is stored as a pickle.
+    if not isinstance(entry, TensorStorageMetadata):
+        raise pickle.UnpicklingError("the checkpoint does not hold tensors alone")
+    return entry
+
+
 class TensorReader(FileSystemReader):
-    """``FileSystemReader`` whose index is read by ``read_index``."""
+    """``FileSystemReader`` that unpickles an index of tensors and nothing else."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read the index; the arguments are those of the parent."""
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            index = read_index(file)
+        index = _read_index(Path(self.path))
         if index.storage_meta is None:
             index.storage_meta = StorageMeta()
         index.storage_meta.load_id = self.load_id

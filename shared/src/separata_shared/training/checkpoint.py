@@ -67,8 +67,9 @@ def save(
     Raises:
         OSError: It could not be written; the earlier checkpoints are untouched.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
     final = folder / step_name(progress.step)
     temporary = folder / f".{final.name}.tmp"
@@ -78,9 +79,9 @@ def save(
     barrier(world)
     try:
         with _one_process_is_fine():
-            dcp.save(
+            save_tensors(
                 _tensors(model, optimizer, progress, seed),
-                storage_writer=dcp.FileSystemWriter(temporary),
+                storage_writer=FileSystemWriter(temporary),
                 no_dist=world.size == 1,
             )
         if world.is_main:
@@ -113,16 +114,16 @@ def load(
         ValueError: It is truncated, of another model, optimizer or seed, or not a checkpoint of
             this library; the message names it.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
     from separata_shared.training._reader import TensorReader
 
     _check_names(path, tensors := _tensors(model, optimizer, Progress(), seed))
     try:
         with _one_process_is_fine():
-            dcp.load(tensors, storage_reader=TensorReader(path), no_dist=world.size == 1)
+            load_tensors(tensors, storage_reader=TensorReader(path), no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:
         raise ValueError(f"{path}: truncated or damaged checkpoint ({_line(error)})") from None
     step, epoch, index, best_step, saved_seed = tensors["progress"].tolist()
@@ -183,11 +184,10 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _check_names(path: Path, tensors: dict[str, Tensor]) -> None:
     """Compare names and shapes with the checkpoint's index before anything is read."""
-    from separata_shared.training._reader import read_index
+    from separata_shared.training._reader import read_shapes
 
     try:
-        with (path / ".metadata").open("rb") as file:
-            saved = read_index(file).state_dict_metadata
+        saved = read_shapes(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: not a checkpoint, it has no .metadata") from None
     except Exception as error:
@@ -197,10 +197,9 @@ def _check_names(path: Path, tensors: dict[str, Tensor]) -> None:
         what = "lacks" if name in tensors else "has an unknown"
         raise ValueError(f"{path}: of another model or optimizer, it {what} {name}")
     for name, tensor in tensors.items():
-        if saved[name].size != tensor.shape:
+        if saved[name] != tuple(tensor.shape):
             raise ValueError(
-                f"{path}: {name} has shape {tuple(saved[name].size)}, "
-                f"this model needs {tuple(tensor.shape)}"
+                f"{path}: {name} has shape {saved[name]}, this model needs {tuple(tensor.shape)}"
             )
 
 

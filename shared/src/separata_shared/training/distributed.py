@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -112,8 +112,10 @@ def gradient_exchange(model: nn.Module, *, when: bool) -> Iterator[None]:
         with model.no_sync():
             yield
         return
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(when)
+    # A method that FSDP2 adds to the module; asking for its class would cost its import.
+    set_exchange: Callable[[bool], None] | None = getattr(model, "set_requires_gradient_sync", None)
+    if set_exchange is not None:
+        set_exchange(when)
     yield
 
 

@@ -173,7 +173,7 @@ class _Update:
             with distributed.gradient_exchange(self.model, when=number == config.accumulate):
                 with _autocast(world, config):
                     loss = self.step(self.model, to_device(batch, world.device))
-                loss.total.backward()
+                torch.autograd.backward(loss.total)
             names = list(loss.log)
             numbers = (loss.total.detach(), loss.count, *loss.log.values())
             rows.append(torch.stack([n.to(world.device, torch.float64) for n in numbers]))

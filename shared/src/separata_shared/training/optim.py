@@ -64,22 +64,19 @@ def noam(step: int, *, lr: float, warmup: int) -> float:
 
 def make_schedule(config: TrainConfig) -> Schedule:
     """Schedule that a configuration asks for."""
-    warm = {"lr": config.lr, "warmup": config.warmup}
+    lr, warmup, steps = config.lr, config.warmup, config.steps
+    start, floor = config.lr_start, config.lr_min
     match config.schedule:
         case "constant":
-            return partial(constant, **warm, start=config.lr_start)
+            return partial(constant, lr=lr, warmup=warmup, start=start)
         case "linear":
-            return partial(
-                linear, **warm, steps=config.steps, start=config.lr_start, floor=config.lr_min
-            )
+            return partial(linear, lr=lr, warmup=warmup, steps=steps, start=start, floor=floor)
         case "inverse_sqrt":
-            return partial(inverse_sqrt, **warm, start=config.lr_start, floor=config.lr_min)
+            return partial(inverse_sqrt, lr=lr, warmup=warmup, start=start, floor=floor)
         case "noam":
-            return partial(noam, **warm)
+            return partial(noam, lr=lr, warmup=warmup)
         case "cosine":
-            return partial(
-                cosine, **warm, steps=config.steps, start=config.lr_start, floor=config.lr_min
-            )
+            return partial(cosine, lr=lr, warmup=warmup, steps=steps, start=start, floor=floor)
 
 
 def parameter_groups(
@@ -150,4 +147,7 @@ def clip_each_norm(parameters: Iterable[nn.Parameter], *, max_norm: float) -> Te
 
 def _full(norm: Tensor) -> Tensor:
     # With FSDP2 the norm is a DTensor whose parts lie on different processes.
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if hasattr(norm, "full_tensor"):
+        whole: Tensor = norm.full_tensor()
+        return whole
+    return norm
