@@ -1,1 +1,1 @@
-"""Separata shared: testing."""
+"""Helpers for tests: golden files (``parity``) and Hypothesis inputs (``strategies``)."""
