@@ -1,0 +1,179 @@
+"""What an experiment consists of: frozen dataclasses, checked when they are made.
+
+A YAML file holds one group per dataclass (``model``, ``data``, ``train``, ``decode``).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Site = Literal["encoder_self", "decoder_self", "cross"]
+SITES: tuple[Site, ...] = ("encoder_self", "decoder_self", "cross")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Which keys a query keeps, where in the model, and when."""
+
+    kind: Literal[
+        "topk",
+        "ratio",
+        "official_ratio",
+        "dense",
+        "sparsemax",
+        "entmax15",
+        "straight_through",
+        "softmax_topk",
+        "softmax_topk_softmax",
+        "selection_before_masking",
+        "joint_heads",
+    ] = "topk"
+    """``topk`` is the method. ``ratio`` keeps a share of each row's valid keys, ``official_ratio``
+    a share of the padded length as the published code does. ``dense``, ``sparsemax`` and
+    ``entmax15`` are baselines. ``straight_through`` selects forward and passes the dense gradient
+    backward. The others are the orders of operations found in the authors' tensor2tensor code."""
+
+    top_k: int | list[int] | list[list[int]] = 8
+    """Keys kept per query: one number, one per layer, or one per layer and head."""
+
+    ratio: float = 4.0
+    """Divisor of the number of keys, for ``ratio`` and ``official_ratio``."""
+
+    min_keys: int = 1
+    """Lower bound of the keys kept, for ``ratio`` and ``official_ratio``."""
+
+    ties: Literal["keep", "exact"] = "keep"
+    """``keep`` keeps every key equal to the k-th score (authors' code); ``exact`` keeps k."""
+
+    sites: list[Site] = field(default_factory=lambda: list(SITES))
+    """The attentions that are sparse; the others are dense."""
+
+    phase: Literal["both", "train", "predict"] = "both"
+    """When the sparse attention is used; dense in the other phase."""
+
+    start_top_k: int | None = None
+    """With ``topk``: k of the first update, moving linearly to ``top_k``. Null: no schedule."""
+
+    schedule_steps: int = 0
+    """Updates after which a scheduled k has arrived at ``top_k``."""
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot say."""
+        flat = self.top_k if isinstance(self.top_k, list) else [self.top_k]
+        numbers = [k for row in flat for k in (row if isinstance(row, list) else [row])]
+        if not numbers or any(k < 1 for k in numbers):
+            raise ValueError(f"model.attention.top_k: every k must be at least 1, got {self.top_k}")
+        if self.ratio < 1:
+            raise ValueError(f"model.attention.ratio: must be at least 1, got {self.ratio}")
+        if self.min_keys < 0:
+            raise ValueError(f"model.attention.min_keys: must not be negative, got {self.min_keys}")
+        if self.start_top_k is not None and (self.start_top_k < 1 or self.schedule_steps < 1):
+            raise ValueError(
+                "model.attention.start_top_k: a schedule needs start_top_k >= 1 "
+                "and schedule_steps >= 1"
+            )
+        if self.start_top_k is not None and not isinstance(self.top_k, int):
+            raise ValueError("model.attention.start_top_k: a schedule needs one number as top_k")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and wiring of the encoder-decoder."""
+
+    width: int = 512
+    """Model width M."""
+
+    num_heads: int = 8
+    """Attention heads H."""
+
+    hidden_width: int = 2048
+    """Inner width of the feed-forward layers."""
+
+    encoder_layers: int = 6
+    """Number of encoder layers."""
+
+    decoder_layers: int = 6
+    """Number of decoder layers."""
+
+    dropout: float = 0.1
+    """Dropout after each sub-layer and on the embeddings."""
+
+    attention_dropout: float = 0.0
+    """Dropout on the attention weights."""
+
+    activation_dropout: float = 0.0
+    """Dropout after the feed-forward activation."""
+
+    normalisation: Literal["post", "pre"] = "post"
+    """Layer normalisation after the residual sum, or before the sub-layer."""
+
+    embeddings: Literal["joint", "target", "separate"] = "joint"
+    """Tables shared by source, target and output (``joint``), by target and output only
+    (``target``), or by none (``separate``)."""
+
+    max_length: int = 1024
+    """Longest sequence in tokens, end mark included."""
+
+    source_vocabulary_size: int = 0
+    """Source types V; 0 takes the number from the prepared data."""
+
+    target_vocabulary_size: int = 0
+    """Target types V; 0 takes the number from the prepared data."""
+
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """The sparse attention."""
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot say."""
+        for name in ("width", "num_heads", "hidden_width", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}: must be at least 1, got {getattr(self, name)}")
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"model.num_heads: {self.num_heads} heads do not divide width {self.width}"
+            )
+        if min(self.encoder_layers, self.decoder_layers) < 1:
+            raise ValueError("model.encoder_layers, model.decoder_layers: must be at least 1")
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name}: must be in [0, 1), got {getattr(self, name)}")
+        layers = max(self.encoder_layers, self.decoder_layers)
+        top_k = self.attention.top_k
+        if isinstance(top_k, list):
+            if len(top_k) < layers:
+                raise ValueError(f"model.attention.top_k: {len(top_k)} entries for {layers} layers")
+            for row in top_k:
+                if isinstance(row, list) and len(row) != self.num_heads:
+                    raise ValueError(
+                        f"model.attention.top_k: {len(row)} entries for {self.num_heads} heads"
+                    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Beam search and the protocol that scores its output."""
+
+    beam: int = 5
+    """Hypotheses kept per sentence."""
+
+    length_penalty: Literal["power", "gnmt"] = "power"
+    """``power`` divides by length^alpha (fairseq), ``gnmt`` by ((5+length)/6)^alpha (t2t)."""
+
+    alpha: float = 1.0
+    """Exponent of the length penalty."""
+
+    max_length_factor: float = 1.0
+    """Longest output = factor * source length + constant."""
+
+    max_length_constant: int = 50
+    """Longest output = factor * source length + constant."""
+
+    max_tokens: int = 4000
+    """Padded source tokens of one batch times beam."""
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot say."""
+        for name in ("beam", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"decode.{name}: must be at least 1, got {getattr(self, name)}")
+        if self.max_length_factor < 0 or self.max_length_constant < 1:
+            raise ValueError("decode.max_length_factor, decode.max_length_constant: too small")

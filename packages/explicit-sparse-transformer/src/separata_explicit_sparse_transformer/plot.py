@@ -1,0 +1,189 @@
+"""Pictures and tables of what the attentions look at: the verb ``plot-attention``."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from separata_shared.files import atomic_write, write_json
+from separata_shared.nn import record_attention
+from torch import Tensor
+
+from .generate import LoadedRun, load_run
+from .model import ExplicitSparseTransformer
+
+Maps = dict[str, NDArray[np.float32]]
+"""Attention weights (H,T,S) of one sentence pair, by module name."""
+
+
+def plot_attention(
+    *,
+    run: Path = Path("runs/tiny"),
+    sentence: str | None = None,
+    output: Path | None = None,
+    weights: Path | None = None,
+    head: int | None = None,
+) -> dict[str, Any]:
+    """Draw the attention of a trained model for one sentence, dense beside sparse.
+
+    Two pictures are written: ``attention.png`` has the context attention of the first and the last
+    decoder layer, once as the model attends and once with the selection taken away (the same
+    weights, all keys kept); ``support.png`` has the number of keys that carry weight, the entropy
+    and the dense probability kept, for each layer and head. ``attention.json`` has their numbers.
+
+    Args:
+        run: Run directory of ``train``.
+        sentence: Source sentence; default: the first test sentence of 8 to 20 tokens.
+        output: Directory for the files; default: the run directory.
+        weights: Weights file; default: the newest of the run.
+        head: Head to draw; default: the mean over the heads.
+
+    Returns:
+        The numbers of ``attention.json``.
+
+    Raises:
+        ValueError: The run cannot be read, the head does not exist, or matplotlib is missing.
+    """
+    loaded = load_run(run, weights=weights)
+    source, target = _pair(loaded, sentence)
+    sparse = attention_maps(loaded.model, source, target)
+    dense = attention_maps(_with_dense_attention(loaded), source, target)
+    num_heads = loaded.config.model.num_heads
+    if head is not None and not 0 <= head < num_heads:
+        raise ValueError(f"head: {head} does not exist, the model has heads 0 to {num_heads - 1}")
+    report = {
+        "source": _pieces(loaded.source_vocabulary.pieces, source),
+        "target": _pieces(loaded.target_vocabulary.pieces, target),
+        "attentions": {name: _statistics(sparse[name], dense[name]) for name in sparse},
+    }
+    directory = output or run
+    write_json(directory / "attention.json", report)
+    _draw_maps(sparse, dense, report, head, directory / "attention.png")
+    _draw_statistics(report, directory / "support.png")
+    print(f"{directory / 'attention.png'}\n{directory / 'support.png'}")
+    return report
+
+
+@torch.no_grad()
+def attention_maps(model: ExplicitSparseTransformer, source: Tensor, target: Tensor) -> Maps:
+    """Attention weights of one sentence pair.
+
+    Args:
+        model: The model, in evaluation mode.
+        source: Source tokens (S).
+        target: Decoder input (T).
+
+    Returns:
+        Module name to weights (H,T,S).
+    """
+    with record_attention(model) as weights:
+        model(source[None], target[None])
+    return {name: weight[0].float().cpu().numpy() for name, weight in weights.items()}
+
+
+def _with_dense_attention(loaded: LoadedRun) -> ExplicitSparseTransformer:
+    """The same weights with every key kept."""
+    config = replace(
+        loaded.config.model, attention=replace(loaded.config.model.attention, sites=[])
+    )
+    return loaded.with_model(config)
+
+
+def _pair(loaded: LoadedRun, sentence: str | None) -> tuple[Tensor, Tensor]:
+    """Source tokens and the decoder input of the model's own translation."""
+    if sentence is None:
+        sentence = loaded.example()
+    source = torch.from_numpy(loaded.source_vocabulary.encode(sentence)).long()
+    hypothesis = loaded.translate([source])[0][0]
+    end = torch.tensor([loaded.target_vocabulary.eos])
+    return source, torch.cat([end, hypothesis.tokens[:-1].cpu()])
+
+
+def _pieces(pieces: tuple[str, ...], tokens: Tensor) -> list[str]:
+    return [pieces[token].replace("\u2581", "_") for token in tokens.tolist()]
+
+
+def _statistics(sparse: NDArray[np.float32], dense: NDArray[np.float32]) -> dict[str, list[float]]:
+    """Means over the queries, one number per head."""
+    safe = np.where(sparse > 0, sparse, 1.0)
+    return {
+        "support": (sparse > 0).sum(-1).mean(-1).tolist(),
+        "entropy_nats": (-(sparse * np.log(safe)).sum(-1)).mean(-1).tolist(),
+        "dense_mass_kept": (dense * (sparse > 0)).sum(-1).mean(-1).tolist(),
+    }
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError(
+            "pictures need matplotlib: pip install 'separata-explicit-sparse-transformer[plot]'"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        figure.savefig(file, format="png", dpi=130)
+    _pyplot().close(figure)
+
+
+def _draw_maps(
+    sparse: Maps, dense: Maps, report: dict[str, Any], head: int | None, path: Path
+) -> None:
+    """Context attention of the first and last decoder layer: dense left, as trained right."""
+    names = [name for name in sparse if "cross" in name]
+    names = names[:1] + names[-1:] if len(names) > 1 else names
+    rows, columns = len(report["target"]), len(report["source"])
+    figure, axes = _pyplot().subplots(
+        len(names),
+        2,
+        figsize=(3 + 0.55 * columns, (1.2 + 0.28 * rows) * len(names)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, name in zip(axes, names, strict=True):
+        for axis, maps, title in zip(row, (dense, sparse), ("every key", "as trained"), strict=True):
+            weights = maps[name].mean(0) if head is None else maps[name][head]
+            image = axis.imshow(weights, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+            axis.set_title(f"{_short(name)}, {title}", fontsize=9)
+            axis.set_xticks(range(columns), report["source"], rotation=60, ha="right", fontsize=7)
+            # The row of a query is labelled with the token that it predicts.
+            axis.set_yticks(range(rows), [*report["target"][1:], "</s>"], fontsize=7)
+        figure.colorbar(image, ax=row, label="attention weight")
+    _save(figure, path)
+
+
+def _draw_statistics(report: dict[str, Any], path: Path) -> None:
+    """Support size, entropy and dense mass kept: one row per attention, one column per head."""
+    titles = {
+        "support": "keys with weight",
+        "entropy_nats": "entropy (nats)",
+        "dense_mass_kept": "dense probability kept",
+    }
+    names = list(report["attentions"])
+    figure, axes = _pyplot().subplots(
+        1, len(titles), figsize=(12, 1.5 + 0.3 * len(names)), layout="constrained"
+    )
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        values = np.array([report["attentions"][name][key] for name in names])
+        image = axis.imshow(values, cmap="viridis", aspect="auto", vmin=0)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("head")
+        axis.set_xticks(range(values.shape[1]))
+        axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7)
+        figure.colorbar(image, ax=axis)
+    _save(figure, path)
+
+
+def _short(name: str) -> str:
+    """``decoder.layers.0.cross_attention`` as ``decoder 1 cross``."""
+    stack, _, layer, kind = name.split(".")[:4]
+    return f"{stack} {int(layer) + 1} {kind.removesuffix('_attention')}"
+
