@@ -70,6 +70,27 @@ def to_yaml(groups: Mapping[str, Any]) -> str:
     return str(parser.dump(parser.get_defaults(), skip_unset=False))
 
 
+def from_yaml(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
+    """Read groups that ``to_yaml`` wrote, of a run directory for example.
+
+    Args:
+        path: The file.
+        types: Type of each group wanted, by its name; other groups of the file are left alone.
+
+    Raises:
+        ValueError: The file is missing or not such a configuration; the message names it.
+    """
+    settings = _mapping(path)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    for name, type_ in types.items():
+        if name not in settings:
+            raise ValueError(f"{path}: lacks the group {name!r}")
+        parser.add_argument(f"--{name}", type=type_)
+    values = _parse(parser, {name: settings[name] for name in types}, [], path)
+    return {name: values[name] for name in types}
+
+
 def _run(verbs: Mapping[str, Verb], verb: str, argv: list[str], package: str) -> None:
     function = _load(verbs[verb])
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -157,6 +178,16 @@ def _settings(
     path: Path, function: Callable[..., object], verbs: Mapping[str, Verb]
 ) -> dict[str, Any]:
     """The groups of a configuration file that ``function`` has parameters for."""
+    settings = _mapping(path)
+    own = inspect.signature(function).parameters
+    for key in settings.keys() - own.keys():
+        if not any(key in inspect.signature(_load(verb)).parameters for verb in verbs.values()):
+            raise ValueError(f"{path}: unknown key {key!r}")
+    return {key: value for key, value in settings.items() if key in own}
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """The top level of a YAML file."""
     try:
         settings = get_loader("yaml")(read_text(path))
     except ValueError:
@@ -165,11 +196,7 @@ def _settings(
         raise ValueError(f"{path}: not valid YAML ({_one_line(error)})") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: not a configuration; it must map groups to their settings")
-    own = inspect.signature(function).parameters
-    for key in settings.keys() - own.keys():
-        if not any(key in inspect.signature(_load(verb)).parameters for verb in verbs.values()):
-            raise ValueError(f"{path}: unknown key {key!r}")
-    return {key: value for key, value in settings.items() if key in own}
+    return settings
 
 
 def _parse(
