@@ -1,6 +1,7 @@
 """Perplexity and bits per character from summed negative log-likelihoods."""
 
 import math
+import sys
 from collections.abc import Iterable
 
 from separata_shared.metrics.score import Score
@@ -22,7 +23,7 @@ def perplexity(sums: Iterable[tuple[float, int]]) -> Score:
         ValueError: There are no tokens, or the loss is not a number.
     """
     mean, tokens = _mean(sums)
-    value = math.exp(mean) if mean < math.log(1.7e308) else math.inf
+    value = math.inf if mean > math.log(sys.float_info.max) else math.exp(mean)
     return Score(value, "perplexity", "perplexity|weight:token", tokens)
 
 
