@@ -75,7 +75,7 @@ def prefixed(arrays: Arrays, prefix: str) -> Arrays:
     return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
 
-# ---- fairseq fork: multi-head attention ----------------------------------------------------------
+# fairseq fork: multi-head attention.
 
 
 def fairseq_attend(config: dict[str, Any], site: str) -> Attend:
@@ -142,7 +142,7 @@ def check_incremental(config: dict[str, Any], arrays: Arrays) -> None:
             same_weights(weights, arrays["weights_incremental"][step], f"weights of step {step}")
 
 
-# ---- tensor2tensor fork: attention functions -----------------------------------------------------
+# tensor2tensor fork: attention functions.
 
 
 def check_tensor2tensor(config: dict[str, Any], arrays: Arrays) -> None:
@@ -193,7 +193,7 @@ def tensor2tensor_attend(
     return partial(topk_attention, top_k=top_k), additive
 
 
-# ---- adaptive-span fork --------------------------------------------------------------------------
+# adaptive-span fork.
 
 
 def check_span_mask(config: dict[str, Any], arrays: Arrays) -> None:
@@ -274,7 +274,7 @@ def check_span_language_model(config: dict[str, Any], arrays: Arrays) -> None:
         close(gradients[name].grad, expected, GRADIENT, f"grad_{name}")
 
 
-# ---- fairseq fork: whole model -------------------------------------------------------------------
+# fairseq fork: whole model.
 
 SITES = {"encoder_self": "es", "decoder_self": "ds", "cross": "dc"}
 
@@ -368,7 +368,7 @@ def check_beam(config: dict[str, Any], arrays: Arrays, model: ExplicitSparseTran
                 close(hypothesis.positional_scores, steps, 1e-4, "beam_positional_scores")
 
 
-# ---- BLEU ----------------------------------------------------------------------------------------
+# BLEU.
 
 BLEU_KEYS = {
     "fairseq_bleu_whitespace_tokens": ("fairseq", 1.0),

@@ -3,11 +3,23 @@
 Shapes: B batch, H heads, T queries, S keys.
 """
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from separata_shared.nn import MultiHeadAttention, record_attention
+from torch import Tensor, nn
+
+from .model import TopKAttention
+from .multihead import TopKMultiheadAttention
+
+Batch = TypeVar("Batch")
+Row = dict[str, Any]
+
+_TORCH_ARGUMENTS = tuple(inspect.signature(nn.MultiheadAttention.forward).parameters)[1:]
 
 _FAIRSEQ_RENAMES = (
     (r"\.self_attn\.", ".self_attention."),
@@ -65,3 +77,150 @@ def _unstacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             split[name] = tensor
     return split
+
+
+def make_sparse(
+    model: nn.Module, top_k: int, *, chosen: Callable[[str], bool] = lambda name: True
+) -> list[str]:
+    """Let the attentions of a trained model keep ``top_k`` keys; the parameters stay as they are.
+
+    Understood are ``separata_shared.nn.MultiHeadAttention``, whose attention function is replaced,
+    and ``torch.nn.MultiheadAttention``, which becomes a ``TopKMultiheadAttention``.
+
+    Args:
+        model: Model to change in place.
+        top_k: Keys to keep per query.
+        chosen: Says of a module's name whether it becomes sparse; all do by default.
+
+    Returns:
+        Names of the modules that became sparse.
+
+    Raises:
+        ValueError: There is no attention to change.
+    """
+    changed = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.TransformerEncoder):
+            # Its fused path hands nested tensors to the layers, which only torch's attention reads.
+            module.use_nested_tensor = False
+        if not chosen(name):
+            continue
+        if isinstance(module, MultiHeadAttention):
+            module.replace_attend(TopKAttention(top_k))
+        elif isinstance(module, nn.MultiheadAttention):
+            model.set_submodule(name, TopKMultiheadAttention.from_dense(module, top_k=top_k))
+        else:
+            continue
+        changed.append(name)
+    if not changed:
+        raise ValueError("the model has no attention that could become sparse")
+    return changed
+
+
+@torch.no_grad()
+def measure_attention(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    top_k: int,
+    call: Callable[[nn.Module, Batch], Any],
+    real_queries: Callable[[str, Batch], Tensor | None] = lambda name, batch: None,
+) -> list[Row]:
+    """Say how much a dense model would lose if every query kept ``top_k`` keys only.
+
+    Args:
+        model: Dense model, in evaluation mode.
+        batches: What to run it on.
+        top_k: Keys to keep per query.
+        call: Runs the model on a batch.
+        real_queries: Boolean (B,T), False where a query of the named module is padding; None
+            counts all queries.
+
+    Returns:
+        One row per module and head: ``module``, ``head``, ``queries`` counted, and means over
+        them: ``mass_kept`` (dense probability of the kept keys), ``support`` and ``support_dense``
+        (keys with weight), ``entropy`` and ``entropy_dense`` (nats).
+
+    Raises:
+        ValueError: Nothing was attended.
+    """
+    sums: dict[str, Tensor] = {}
+    with _recorded(model) as weights:
+        for batch in batches:
+            call(model, batch)
+            for name, dense in weights.items():
+                statistics = _statistics(dense.double(), top_k, real_queries(name, batch))
+                sums[name] = sums.get(name, 0) + statistics
+            weights.clear()
+    if not sums:
+        raise ValueError("nothing was attended: no batches, or a model without attention")
+    rows = []
+    for name, total in sums.items():
+        for head, (queries, *values) in enumerate(total.T.tolist()):
+            means = [value / max(queries, 1) for value in values]
+            row = dict(zip(_STATISTICS, means, strict=True))
+            rows.append({"module": name, "head": head, "queries": int(queries), **row})
+    return rows
+
+
+_STATISTICS = ("mass_kept", "support", "support_dense", "entropy", "entropy_dense")
+
+
+def _statistics(dense: Tensor, top_k: int, real_queries: Tensor | None) -> Tensor:
+    """Number of queries and the sums over them of ``_STATISTICS``: ``(6, H)``."""
+    counted = dense.sum(dim=-1) > 0  # (B, H, T); rows without any allowed key do not count
+    if real_queries is not None:
+        counted &= real_queries[:, None]
+    kept = dense.topk(min(top_k, dense.shape[-1]), dim=-1).values
+    mass = kept.sum(dim=-1)
+    sparse = kept / mass.clamp(min=1e-12).unsqueeze(-1)
+    values = (
+        torch.ones_like(mass),
+        mass,
+        (sparse > 0).sum(dim=-1),
+        (dense > 0).sum(dim=-1),
+        torch.special.entr(sparse).sum(dim=-1),
+        torch.special.entr(dense).sum(dim=-1),
+    )
+    return torch.stack([(value * counted).sum(dim=(0, 2)) for value in values])
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Keep the weights ``(B, H, T, S)`` of our attentions and of torch's, by module name."""
+    with record_attention(model) as weights, ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.TransformerEncoder):
+                stack.callback(setattr, module, "use_nested_tensor", module.use_nested_tensor)
+                module.use_nested_tensor = False
+            if isinstance(module, nn.MultiheadAttention):
+                for handle in _record_torch_attention(module, name, weights):
+                    stack.callback(handle.remove)
+        yield weights
+
+
+def _record_torch_attention(
+    module: nn.MultiheadAttention, name: str, weights: dict[str, Tensor]
+) -> Iterator[Any]:
+    def ask(module: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = dict(zip(_TORCH_ARGUMENTS, inputs, strict=False)) | options
+        return (), given | {"need_weights": True, "average_attn_weights": False}
+
+    def keep(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        found = output[1].detach()
+        weights[name] = found if found.dim() == 4 else found[None]
+
+    yield module.register_forward_pre_hook(ask, with_kwargs=True)
+    yield module.register_forward_hook(keep)
+
+
+def attention_table(rows: Iterable[Row]) -> str:
+    """The rows of ``measure_attention`` as text, one line each."""
+    lines = [f"{'attention':<42} {'head':>4} {'mass kept':>9} {'keys':>13} {'entropy (nats)':>15}"]
+    for row in rows:
+        lines.append(
+            f"{row['module']:<42} {row['head']:>4} {row['mass_kept']:>9.4f} "
+            f"{row['support_dense']:>6.1f}->{row['support']:>5.1f} "
+            f"{row['entropy_dense']:>7.3f}->{row['entropy']:>6.3f}"
+        )
+    return "\n".join(lines)

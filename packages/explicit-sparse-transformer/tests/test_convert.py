@@ -1,0 +1,192 @@
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from separata_explicit_sparse_transformer.build import build_model
+from separata_explicit_sparse_transformer.config import AttentionConfig, ModelConfig
+from separata_explicit_sparse_transformer.convert import (
+    attention_table,
+    from_fairseq,
+    make_sparse,
+    measure_attention,
+)
+from separata_explicit_sparse_transformer.model import ExplicitSparseTransformer, sparse_attentions
+from separata_shared.nn import record_attention
+from torch import Tensor, nn
+
+
+def translation_model(kind: str, top_k: int = 8) -> ExplicitSparseTransformer:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        width=16,
+        num_heads=2,
+        hidden_width=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        source_vocabulary_size=12,
+        target_vocabulary_size=12,
+        attention=AttentionConfig(kind=kind, top_k=top_k),  # type: ignore[arg-type]
+    )
+    return build_model(config).eval()
+
+
+def torch_encoder() -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+def tokens(*lengths: int) -> Tensor:
+    return nn.utils.rnn.pad_sequence(
+        [torch.arange(length) % 8 + 4 for length in lengths], batch_first=True, padding_value=1
+    )
+
+
+def test_a_converted_model_is_the_sparse_model_with_the_same_parameters() -> None:
+    dense, sparse = translation_model("dense"), translation_model("topk", 3)
+    source, target = tokens(9, 5), tokens(7, 7)
+    changed = make_sparse(dense, 3)
+    assert changed == list(sparse_attentions(sparse))
+    assert len(changed) == 6
+    torch.testing.assert_close(dense(source, target), sparse(source, target))
+
+
+def test_only_chosen_attentions_become_sparse() -> None:
+    model = translation_model("dense")
+    changed = make_sparse(model, 3, chosen=lambda name: "self_attention" in name)
+    assert changed == list(sparse_attentions(model))
+    assert len(changed) == 4
+
+
+@torch.no_grad()
+def test_torchs_encoder_becomes_sparse_and_keeps_its_parameters() -> None:
+    model = torch_encoder()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(2, 9, 16)
+    padded = torch.arange(9) >= torch.tensor([[9], [4]])
+    dense = model(x, src_key_padding_mask=padded)
+    assert make_sparse(model, 9) == ["layers.0.self_attn", "layers.1.self_attn"]
+    same = model(x, src_key_padding_mask=padded)
+    torch.testing.assert_close(same[~padded], dense[~padded])
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
+    model = torch_encoder()
+    make_sparse(model, 1)
+    assert not torch.allclose(model(x), dense, atol=1e-3)
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="no attention"):
+        make_sparse(nn.Linear(2, 2), 3)
+    with pytest.raises(ValueError, match="nothing was attended"):
+        measure_attention(translation_model("dense"), [], top_k=3, call=lambda m, b: None)
+
+
+def measured(top_k: int) -> list[dict[str, float]]:
+    def real(name: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return batch[0 if name.startswith("encoder") else 1] != 1
+
+    return measure_attention(
+        translation_model("dense"),
+        [(tokens(9, 5), tokens(7, 3)), (tokens(4), tokens(6))],
+        top_k=top_k,
+        call=lambda model, batch: model(*batch),
+        real_queries=real,
+    )
+
+
+def test_mass_kept_is_the_dense_probability_of_the_kept_keys() -> None:
+    """By definition, on one sentence whose weights are looked at directly."""
+    model = translation_model("dense")
+    source, target = tokens(9), tokens(7)
+    with torch.no_grad(), record_attention(model) as weights:
+        model(source, target)
+    rows = measure_attention(
+        model, [(source, target)], top_k=2, call=lambda model, batch: model(*batch)
+    )
+    assert len(rows) == 6 * 2
+    for row in rows:
+        dense = weights[row["module"]][0, row["head"]].double()
+        kept = dense.sort(dim=-1, descending=True).values[:, :2]
+        assert row["mass_kept"] == pytest.approx(kept.sum(dim=-1).mean().item())
+        entropy = torch.distributions.Categorical(dense).entropy().mean().item()
+        assert row["entropy_dense"] == pytest.approx(entropy, abs=1e-6)
+        assert row["support"] <= 2
+
+
+def test_more_keys_keep_more_mass_and_all_keys_keep_everything() -> None:
+    reports = [measured(top_k) for top_k in (1, 2, 4, 9)]
+    for fewer, more in pairwise(reports):
+        for row, next_row in zip(fewer, more, strict=True):
+            assert row["mass_kept"] <= next_row["mass_kept"] + 1e-9
+            assert row["entropy"] <= math.log(row["support"] + 1e-9) + 1e-6
+    for row in reports[-1]:
+        assert row["mass_kept"] == pytest.approx(1, abs=1e-6)
+        assert row["entropy"] == pytest.approx(row["entropy_dense"], abs=1e-6)
+    for row in reports[0]:
+        assert row["support"] == 1
+        assert row["entropy"] == 0
+
+
+def test_padding_queries_do_not_count() -> None:
+    queries = {row["module"]: row["queries"] for row in measured(2)}
+    assert queries["encoder.layers.0.self_attention"] == 9 + 5 + 4
+    assert queries["decoder.layers.0.cross_attention"] == 7 + 3 + 6
+
+
+@torch.no_grad()
+def test_torchs_attention_is_measured_too() -> None:
+    model = torch_encoder()
+    x = torch.randn(2, 9, 16)
+    padded = torch.arange(9) >= torch.tensor([[9], [4]])
+    before = model(x, src_key_padding_mask=padded)
+    rows = measure_attention(
+        model,
+        [x],
+        top_k=4,
+        call=lambda model, x: model(x, src_key_padding_mask=padded),
+        real_queries=lambda name, batch: ~padded,
+    )
+    assert [(row["module"], row["head"]) for row in rows] == [
+        (f"layers.{layer}.self_attn", head) for layer in range(2) for head in range(2)
+    ]
+    assert all(row["queries"] == 13 for row in rows)
+    assert rows[0]["support_dense"] == pytest.approx((9 * 9 + 4 * 4) / 13)
+    assert all(0 < row["mass_kept"] < 1 for row in rows)
+    after = model(x, src_key_padding_mask=padded)
+    torch.testing.assert_close(after, before)  # no hook stays behind
+
+
+def test_the_report_is_json_and_its_table_has_a_line_for_every_head() -> None:
+    rows = measured(2)
+    assert json.loads(json.dumps(rows)) == rows
+    lines = attention_table(rows).splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert "mass kept" in lines[0]
+
+
+def test_stacked_and_tied_fairseq_parameters_are_understood() -> None:
+    table, stacked = torch.randn(12, 4), torch.randn(12, 4)
+    state = {
+        "encoder.version": torch.ones(1),
+        "encoder.embed_positions._float_tensor": torch.ones(1),
+        "encoder.embed_tokens.weight": torch.randn(12, 4),
+        "encoder.layers.0.self_attn.in_proj_weight": stacked,
+        "decoder.embed_tokens.weight": table,
+        "decoder.output_projection.weight": table.clone(),
+    }
+    renamed = from_fairseq(state)
+    assert set(renamed) == {
+        "source.tokens.weight",
+        "target.tokens.weight",
+        *(f"encoder.layers.0.self_attention.{letter}_proj.weight" for letter in "qkv"),
+    }
+    torch.testing.assert_close(
+        renamed["encoder.layers.0.self_attention.k_proj.weight"], stacked[4:8]
+    )
+    untied = from_fairseq(state | {"decoder.embed_out": table + 1})
+    assert torch.equal(untied["output.weight"], table + 1)
+    with pytest.raises(ValueError, match=r"encoder\.embed_tokens\.weight"):
+        from_fairseq({})
