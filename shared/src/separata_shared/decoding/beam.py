@@ -98,12 +98,13 @@ def beam_search(
         log_probs = F.log_softmax(step(last, state).float(), dim=-1)
         if constrain is not None:
             log_probs = constrain(log_probs, tokens)
-        log_probs[:, padding_index] = -torch.inf
+        totals = log_probs + sums[:, -1:]
+        totals[:, padding_index] = -torch.inf
         if t < min_length:
-            log_probs[:, eos_index] = -torch.inf
+            totals[:, eos_index] = -torch.inf
         if t >= min(max_lengths):
-            _force(log_probs, limits == t, eos_index)
-        scores, parents, choices = _candidates(log_probs + sums[:, -1:], limits.numel(), beam_size)
+            _force(totals, limits == t, eos_index)
+        scores, parents, choices = _candidates(totals, limits.numel(), beam_size)
 
         is_end = (choices == eos_index) & (scores > -torch.inf)
         ends = is_end[:, :beam_size].cpu().nonzero()  # the one synchronisation of each step
@@ -143,11 +144,11 @@ def beam_search(
     return [sorted(each, key=lambda hypothesis: -hypothesis.score) for each in found]
 
 
-def _force(log_probs: Tensor, at_limit: Tensor, eos_index: int) -> None:
+def _force(totals: Tensor, at_limit: Tensor, eos_index: int) -> None:
     """Leave only EOS to the rows ``(N, V)`` of the sentences ``(B,)`` at their limit, in place."""
-    forced = at_limit.repeat_interleave(log_probs.size(0) // at_limit.numel())
-    others = torch.arange(log_probs.size(1), device=log_probs.device) != eos_index
-    log_probs.masked_fill_(forced[:, None] & others, -torch.inf)
+    forced = at_limit.repeat_interleave(totals.size(0) // at_limit.numel())
+    others = torch.arange(totals.size(1), device=totals.device) != eos_index
+    totals.masked_fill_(forced[:, None] & others, -torch.inf)
 
 
 def _candidates(

@@ -3,6 +3,7 @@
 ``N`` is the number of rows being decoded: ``N = B * G`` for ``G`` hypotheses of each sentence.
 """
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -26,47 +27,50 @@ class Cache(Protocol):
 class GrowingCache:
     """Keys and values of self-attention: each call adds those of the new positions.
 
-    They are written in place into buffers that double when full. The buffers are time-first,
-    ``(capacity, N, H, D)``, so that the part in use is one contiguous block.
+    They are written in place into a buffer that doubles when it is full. It is time-first,
+    ``(capacity, 2, N, H, D)``, so that the part in use is one contiguous block. Reordering copies
+    that part to a second buffer, and the two change places: fresh memory at every step would cost
+    more than the copy.
     """
 
     def __init__(self) -> None:
         self.length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._buffer: Tensor | None = None
+        self._spare: Tensor | None = None
 
     def read(self, source: Tensor, project: Project) -> tuple[Tensor, Tensor]:
         """Append the keys and values of ``source (N, T, M)``; return all, ``(N, H, length, D)``."""
         keys, values = project(source)
         end = self.length + source.size(1)
-        self._keys = self._append(self._keys, keys, end)
-        self._values = self._append(self._values, values, end)
+        buffer = self._buffer
+        if buffer is None or end > buffer.size(0):
+            rows, heads, _, width = keys.shape
+            grown = keys.new_empty(max(_FIRST_CAPACITY, 2 * end), 2, rows, heads, width)
+            if buffer is not None:
+                grown[: self.length] = buffer[: self.length]
+            self._buffer = buffer = grown
+        buffer[self.length : end, 0] = keys.permute(2, 0, 1, 3)
+        buffer[self.length : end, 1] = values.permute(2, 0, 1, 3)
         self.length = end
-        return self._keys[:end].permute(1, 2, 0, 3), self._values[:end].permute(1, 2, 0, 3)
+        all_keys, all_values = buffer[:end].permute(1, 2, 3, 0, 4).unbind()
+        return all_keys, all_values
 
     def reorder(self, index: Tensor) -> None:
         """Let row ``i`` continue what row ``index[i]`` holds."""
-        self._keys = self._gather(self._keys, index)
-        self._values = self._gather(self._values, index)
-
-    def _append(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
-        if buffer is None or end > buffer.size(0):
-            rows, heads, _, width = new.shape
-            grown = new.new_empty(max(_FIRST_CAPACITY, 2 * end), rows, heads, width)
-            if buffer is not None:
-                grown[: self.length] = buffer[: self.length]
-            buffer = grown
-        buffer[self.length : end] = new.permute(2, 0, 1, 3)
-        return buffer
-
-    def _gather(self, buffer: Tensor | None, index: Tensor) -> Tensor | None:
+        buffer = self._buffer
         if buffer is None:
-            return None
-        gathered = buffer.new_empty(buffer.size(0), index.numel(), *buffer.shape[2:])
-        torch.index_select(
-            buffer[: self.length], 1, index, out=gathered[: self.length]
-        )  # the unused rest of the buffer is not copied
-        return gathered
+            return
+        target = _room(self._spare, (*buffer.shape[:2], index.numel(), *buffer.shape[3:]), buffer)
+        torch.index_select(buffer[: self.length], 2, index, out=target[: self.length])
+        self._buffer, self._spare = target, buffer
+
+
+def _room(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An unfilled tensor of this shape, in the memory of ``old`` where that is large enough."""
+    size = math.prod(shape)
+    if old is None or old.numel() < size:
+        return like.new_empty(shape)
+    return old.view(-1)[:size].view(shape)
 
 
 class FixedCache:
