@@ -147,7 +147,5 @@ def clip_each_norm(parameters: Iterable[nn.Parameter], *, max_norm: float) -> Te
 
 def _full(norm: Tensor) -> Tensor:
     # With FSDP2 the norm is a DTensor whose parts lie on different processes.
-    if hasattr(norm, "full_tensor"):
-        whole: Tensor = norm.full_tensor()
-        return whole
-    return norm
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole
