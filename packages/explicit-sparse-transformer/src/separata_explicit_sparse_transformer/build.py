@@ -84,9 +84,7 @@ def _tables(
     for name in ("source_vocabulary_size", "target_vocabulary_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"model.{name}: must be set before a model can be built")
-    target = TokenEmbedding(
-        config.target_vocabulary_size, width=config.width, padding_index=PAD
-    )
+    target = TokenEmbedding(config.target_vocabulary_size, width=config.width, padding_index=PAD)
     if config.embeddings == "joint":
         if config.source_vocabulary_size != config.target_vocabulary_size:
             raise ValueError(
@@ -120,7 +118,7 @@ def attend_factory(config: AttentionConfig) -> AttendFactory:
 
 
 def _top_k(config: AttentionConfig, layer: int) -> int | Tensor:
-    """k of one layer: a number, or one per head as (H, 1)."""
+    """K of one layer: a number, or one per head as (H, 1)."""
     if config.start_top_k is not None:
         return config.start_top_k
     top_k = config.top_k[layer] if isinstance(config.top_k, list) else config.top_k

@@ -105,7 +105,10 @@ def encoder_layer(
 
 
 def decoder_layer(
-    config: ModelConfig, self_attend: Attend, cross_attend: Attend, residual: Callable[[], nn.Module]
+    config: ModelConfig,
+    self_attend: Attend,
+    cross_attend: Attend,
+    residual: Callable[[], nn.Module],
 ) -> DecoderLayer:
     """One decoder layer: self-attention as in the encoder, context attention, feed-forward."""
     return DecoderLayer(

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from separata_shared.data.vocabulary import EOS
 from separata_shared.files import atomic_write, write_json
 from separata_shared.nn import record_attention
 from torch import Tensor
 
-from .generate import LoadedRun, load_run
+from .data import Split, load
+from .generate import TrainedModel, load_run, translate
 from .model import ExplicitSparseTransformer
 
 Maps = dict[str, NDArray[np.float32]]
@@ -46,16 +48,19 @@ def plot_attention(
     Raises:
         ValueError: The run cannot be read, the head does not exist, or matplotlib is missing.
     """
-    loaded = load_run(run, weights=weights)
-    source, target = _pair(loaded, sentence)
-    sparse = attention_maps(loaded.model, source, target)
-    dense = attention_maps(_with_dense_attention(loaded), source, target)
-    num_heads = loaded.config.model.num_heads
+    trained = load_run(run, weights=weights)
+    every_key = replace(trained.model, attention=replace(trained.model.attention, sites=[]))
+    source, target = _pair(trained, sentence)
+    sparse = attention_maps(trained.network, source, target)
+    dense = attention_maps(
+        load_run(run, weights=trained.weights, model=every_key).network, source, target
+    )
+    num_heads = trained.model.num_heads
     if head is not None and not 0 <= head < num_heads:
         raise ValueError(f"head: {head} does not exist, the model has heads 0 to {num_heads - 1}")
     report = {
-        "source": _pieces(loaded.source_vocabulary.pieces, source),
-        "target": _pieces(loaded.target_vocabulary.pieces, target),
+        "source": _pieces(trained.source_vocabulary.pieces, source),
+        "target": _pieces(trained.target_vocabulary.pieces, target),
         "attentions": {name: _statistics(sparse[name], dense[name]) for name in sparse},
     }
     directory = output or run
@@ -78,27 +83,26 @@ def attention_maps(model: ExplicitSparseTransformer, source: Tensor, target: Ten
     Returns:
         Module name to weights (H,T,S).
     """
+    device = next(model.parameters()).device
     with record_attention(model) as weights:
-        model(source[None], target[None])
+        model(source[None].to(device), target[None].to(device))
     return {name: weight[0].float().cpu().numpy() for name, weight in weights.items()}
 
 
-def _with_dense_attention(loaded: LoadedRun) -> ExplicitSparseTransformer:
-    """The same weights with every key kept."""
-    config = replace(
-        loaded.config.model, attention=replace(loaded.config.model.attention, sites=[])
-    )
-    return loaded.with_model(config)
-
-
-def _pair(loaded: LoadedRun, sentence: str | None) -> tuple[Tensor, Tensor]:
-    """Source tokens and the decoder input of the model's own translation."""
+def _pair(trained: TrainedModel, sentence: str | None) -> tuple[Tensor, Tensor]:
+    """Source tokens, and the decoder input that is the model's own translation."""
     if sentence is None:
-        sentence = loaded.example()
-    source = torch.from_numpy(loaded.source_vocabulary.encode(sentence)).long()
-    hypothesis = loaded.translate([source])[0][0]
-    end = torch.tensor([loaded.target_vocabulary.eos])
-    return source, torch.cat([end, hypothesis.tokens[:-1].cpu()])
+        sentence = _example(load(trained.data).test)
+    source = torch.from_numpy(trained.source_vocabulary.encode(sentence)).long()
+    hypothesis = translate(trained, [source])[0][0]
+    return source, torch.cat([torch.tensor([EOS]), hypothesis.tokens[:-1]])
+
+
+def _example(split: Split) -> str:
+    """The first sentence of a length that is easy to look at."""
+    lengths = split.source.lengths
+    fitting = np.flatnonzero((lengths >= 8) & (lengths <= 20))
+    return split.source_lines[int(fitting[0]) if len(fitting) else 0]
 
 
 def _pieces(pieces: tuple[str, ...], tokens: Tensor) -> list[str]:
@@ -149,7 +153,9 @@ def _draw_maps(
         layout="constrained",
     )
     for row, name in zip(axes, names, strict=True):
-        for axis, maps, title in zip(row, (dense, sparse), ("every key", "as trained"), strict=True):
+        for axis, maps, title in zip(
+            row, (dense, sparse), ("every key", "as trained"), strict=True
+        ):
             weights = maps[name].mean(0) if head is None else maps[name][head]
             image = axis.imshow(weights, cmap="viridis", vmin=0, vmax=1, aspect="auto")
             axis.set_title(f"{_short(name)}, {title}", fontsize=9)
@@ -186,4 +192,3 @@ def _short(name: str) -> str:
     """``decoder.layers.0.cross_attention`` as ``decoder 1 cross``."""
     stack, _, layer, kind = name.split(".")[:4]
     return f"{stack} {int(layer) + 1} {kind.removesuffix('_attention')}"
-
