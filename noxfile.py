@@ -1,6 +1,6 @@
 """Every task of this repository; ``nox -l`` lists them.
 
-Papers are discovered: a folder in ``packages/`` with a ``pyproject.toml`` takes part in every session.
+Papers are discovered: a folder in ``packages/`` with a ``pyproject.toml`` takes part everywhere.
 """
 
 import json
@@ -30,7 +30,7 @@ BUILD = ["build", "hatchling"]
 CONTRACT = ["pytest", "pyyaml"]
 DOCS = ["sphinx", "myst-parser", "furo", "pyyaml"]
 IMPORTS = ["import-linter", "deptry"]
-LINT = ["ruff", "codespell", "pydoclint", "cffconvert"]
+LINT = ["ruff", "codespell", "cffconvert"]
 TYPES = ["mypy", "types-pyyaml", "nox"]
 UNIT = ["pytest-xdist"]
 
@@ -58,7 +58,7 @@ def everything() -> list[str]:
 
 
 def install(session: nox.Session, *requirements: str, silent: bool = True) -> None:
-    """Install the reference versions. Compiling torch to bytecode would take longer than it saves."""
+    """Install the reference versions; compiling torch to bytecode takes longer than it saves."""
     session.install("--no-compile", "-c", "constraints.txt", *requirements, silent=silent)
 
 
@@ -119,7 +119,6 @@ def lint(session: nox.Session) -> None:
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
         ["codespell", *texts],
-        ["pydoclint", "--config=pyproject.toml", *(f"{project}/src" for project in PROJECTS)],
         *(["cffconvert", "--validate", "-i", name] for name in citations),
     ]
     run_all(session, commands)
@@ -155,12 +154,9 @@ def imports(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the site with warnings as errors and run its examples; ``-- linkcheck`` for links."""
     install(session, *everything(), *DOCS)
+    command = ["sphinx-build", "-q", "--fail-on-warning", "--keep-going", "docs"]
     builders = session.posargs or ["html", "doctest"]
-    options = ["-q", "--fail-on-warning", "--keep-going"]
-    run_all(
-        session,
-        [["sphinx-build", *options, "-b", name, "docs", f"docs/_build/{name}"] for name in builders],
-    )
+    run_all(session, [[*command, "-b", name, f"docs/_build/{name}"] for name in builders])
     session.log("the site begins at docs/_build/html/index.html")
 
 
@@ -195,11 +191,7 @@ def demo(session: nox.Session) -> None:
     install(session, "./shared", *packages, silent=False)
     rows = [demonstrate(session, project) for project in PACKAGES]
     titles = ("paper", "metric", "value", "compared with", "its value", "seconds", "picture")
-    widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
-    print()
-    for row in [titles, tuple("-" * width for width in widths), *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print()
+    print("\n" + aligned([titles, *rows]) + "\n")
     if any("FAILED" in row for row in rows):
         session.error("the messages of the failed commands are above the table")
 
@@ -231,6 +223,16 @@ def demonstrate(session: nox.Session, project: Path) -> tuple[str, ...]:
     return project.name, metric, value, against, baseline, seconds, str(picture)
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as lines with columns of equal width; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    padded = [
+        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
 def number(folder: Path, place: str) -> str:
     """The number at ``file.json:dotted.key``, with two decimals."""
     file, _, key = place.partition(":")
@@ -250,7 +252,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """Run GPU tests, GPU benchmarks and tiny training from the source tree, with what is installed."""
+    """Run GPU tests, benchmarks and tiny training from the source tree with what is installed."""
     session.run("python3", "tests/gpu.py", *session.posargs)
 
 
@@ -280,7 +282,8 @@ def release(session: nox.Session) -> None:
     if project is None:
         session.error("name one of: " + ", ".join(item.name for item in PROJECTS))
     install(session, *CONTRACT)
-    session.run("pytest", "-q", "tests/test_metadata.py", "tests/test_results.py", "-k", project.name)
+    checks = ["tests/test_metadata.py", "tests/test_results.py", "-k", project.name]
+    session.run("pytest", "-q", *checks)
 
     def git(*arguments: str) -> str:
         return str(session.run("git", *arguments, external=True, silent=True, log=False)).strip()

@@ -61,7 +61,7 @@ PROJECTS = [SHARED, *PACKAGES]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``project``: shared or a paper; ``package``: a paper; ``config``: a paper and a YAML of it."""
+    """``project``: shared or a paper; ``package``: a paper; ``config``: a paper and its YAML."""
     if "project" in metafunc.fixturenames:
         metafunc.parametrize("project", PROJECTS, ids=lambda project: project.name)
     if "package" in metafunc.fixturenames:

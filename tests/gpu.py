@@ -1,8 +1,8 @@
 """What only a GPU can show: ``python3 tests/gpu.py`` (or ``nox -s gpu``).
 
 Runs from the source tree with the Python and the packages that are there, needs no network, and
-ends within eight minutes: first the tests marked ``gpu``, then the benchmarks, then a short training
-run of every paper. What ran, on which device and for how long is written to ``runs/gpu.csv``.
+ends within eight minutes: first the tests marked ``gpu``, then the benchmarks, then a short run of
+training for every paper. What ran, on which device and for how long, is written to ``runs/gpu.csv``.
 """
 
 import csv
@@ -16,7 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 8 * 60
-PROJECTS = [ROOT / "shared", *sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))]
+PROJECTS = [
+    ROOT / "shared",
+    *sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml")),
+]
 
 
 def commands() -> dict[str, list[str]]:

@@ -48,14 +48,14 @@ def imported(project, module):
     found = set()
     for tree in project.trees.values():
         nodes = list(ast.walk(tree))
-        froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-        ours = [alias for node in froms if node.module.startswith(module) for alias in node.names]
+        statements = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+        ours = [
+            alias for node in statements if node.module.startswith(module) for alias in node.names
+        ]
         local = {alias.asname or alias.name for alias in ours}
         found |= {alias.name for alias in ours}
-        for node in nodes:
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if node.value.id in local:
-                    found.add(node.attr)
+        parts = [node for node in nodes if isinstance(node, ast.Attribute)]
+        found |= {node.attr for node in parts if ast.unparse(node.value) in local}
     return found
 
 

@@ -20,7 +20,7 @@ def run(command: list[str], folder: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        command, cwd=folder, env=environment, capture_output=True, text=True, input=""
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 

@@ -91,6 +91,8 @@ def test_nothing_that_git_ignores_is_held(root):
     assert listed.stdout == ""
 
 
-@pytest.mark.parametrize("name", ["README.md", "LICENSE", "CITATION.cff", ".pre-commit-config.yaml"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "LICENSE", "CITATION.cff", ".pre-commit-config.yaml"]
+)
 def test_the_root_has_the_files_of_a_published_repository(root, name):
     assert (root / name).is_file()
