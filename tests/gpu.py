@@ -2,7 +2,7 @@
 
 Runs from the source tree with the Python and the packages that are there, needs no network, and
 ends within eight minutes: first the tests marked ``gpu``, then the benchmarks, then a short run of
-training for every paper. What ran, on which device and for how long, is written to ``runs/gpu.csv``.
+training for every paper. What ran, on which device and how long, is written to ``runs/gpu.csv``.
 """
 
 import csv
