@@ -257,13 +257,20 @@ class Characters:
 
 
 def learn_vocabularies(text: datasets.Text, data: DataConfig) -> tuple[Vocabulary, Vocabulary]:
-    """Source and target vocabulary of a training text; the same one when they are joint."""
+    """Source and target vocabulary of a training text; the same one when they are joint.
+
+    Raises:
+        ValueError: The text does not give a vocabulary of ``data.vocabulary_size``.
+    """
     train = text.train
 
     def learn(lines: tuple[str, ...]) -> Vocabulary:
-        if data.segmentation == "words":
-            return frequent_words(lines, data.vocabulary_size)
-        return train_subwords(lines, data.vocabulary_size, kind=data.segmentation)
+        try:
+            if data.segmentation == "words":
+                return frequent_words(lines, data.vocabulary_size)
+            return train_subwords(lines, data.vocabulary_size, kind=data.segmentation)
+        except ValueError as error:
+            raise ValueError(f"data.vocabulary_size: {error}") from None
 
     if data.vocabularies == "joint":
         joint = learn(train.source + train.target)
@@ -328,7 +335,7 @@ def load(data: DataConfig) -> Corpus:
         ValueError: The corpus was not prepared, or otherwise than ``data`` says, or is damaged.
     """
     if data.dataset in CHARACTERS:
-        raise ValueError(f"data.dataset: {data.dataset} is no parallel text, a language model's")
+        raise ValueError(f"data.dataset: {data.dataset} is not a parallel text")
     if data.dataset == "tiny":
         text = datasets.tiny(
             data.tiny_task,
@@ -373,7 +380,7 @@ def load_characters(data: DataConfig) -> Characters:
         ValueError: The text was not prepared, or otherwise than ``data`` says, or is damaged.
     """
     if data.dataset not in CHARACTERS:
-        raise ValueError(f"data.dataset: {data.dataset} is no text for a language model")
+        raise ValueError(f"data.dataset: {data.dataset} is a parallel text, not characters")
     if data.dataset == "tiny_characters":
         return number_characters(*datasets.tiny_characters(data.tiny_pairs * 10))
     directory = Path(data.prepared)
