@@ -446,6 +446,24 @@ def test_no_space_left_keeps_the_earlier_preparation(
     assert len(load(data).train) == 40
 
 
+def test_a_failed_exchange_puts_the_earlier_preparation_back(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(data=data)
+    rename = Path.rename
+
+    def fail_for_new(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp" and path.is_dir():
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(OSError, match="Input/output error"):
+        prepare(data=data)
+    assert {path.name for path in tmp_path.iterdir()} == {"raw", "prepared"}
+    assert len(load(data).train) == 40
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [

@@ -25,6 +25,7 @@ from separata_shared.data.vocabulary import (
 )
 from separata_shared.files import read_lines
 from torch import Tensor
+from tqdm import tqdm
 
 from . import datasets, storage
 
@@ -292,8 +293,8 @@ def tokenise(
     source_vocabulary, target_vocabulary = vocabularies
     splits: dict[str, Split] = {}
     for name, lines in text.splits.items():
-        source = [source_vocabulary.encode(line) for line in lines.source]
-        target = [target_vocabulary.encode(line) for line in lines.target]
+        source = _encode(source_vocabulary, lines.source)
+        target = _encode(target_vocabulary, lines.target)
         longest = [max(len(a), len(b)) for a, b in zip(source, target, strict=True)]
         shortest = [min(len(a), len(b)) for a, b in zip(source, target, strict=True)]
         kept = list(range(len(source)))
@@ -317,6 +318,14 @@ def tokenise(
     return Corpus(
         **splits, source_vocabulary=source_vocabulary, target_vocabulary=target_vocabulary
     )
+
+
+def _encode(vocabulary: Vocabulary, lines: Sequence[str]) -> list[NDArray[np.int32]]:
+    # The bar shows only where this takes a while.
+    return [
+        vocabulary.encode(line)
+        for line in tqdm(lines, desc="tokenising", delay=2, disable=None, leave=False)
+    ]
 
 
 def settings(data: DataConfig) -> dict[str, Any]:
