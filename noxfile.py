@@ -130,7 +130,7 @@ def types(session: nox.Session) -> None:
     install(session, *everything(), *TYPES)
     targets = [[f"{project}/src"] for project in PROJECTS]
     targets.append(["noxfile.py", "docs/results_tables.py"])
-    run_all(session, [["mypy", *target] for target in targets], env={"MYPYPATH": "shared/src"})
+    run_all(session, [["mypy", *target] for target in targets])
 
 
 @nox.session
