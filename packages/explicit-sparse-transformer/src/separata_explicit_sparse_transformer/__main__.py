@@ -11,6 +11,7 @@ VERBS = {
     "evaluate": f"{PACKAGE}.evaluate:evaluate",
     "plot-attention": f"{PACKAGE}.plot:plot_attention",
     "sweep-k": f"{PACKAGE}.sweep:sweep_k",
+    "ablate-phase": f"{PACKAGE}.sweep:ablate_phase",
     "convert": f"{PACKAGE}.convert:convert",
     "train-lm": f"{PACKAGE}.language_model:train_lm",
     "evaluate-lm": f"{PACKAGE}.language_model:evaluate_lm",

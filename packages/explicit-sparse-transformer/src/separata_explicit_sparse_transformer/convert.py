@@ -4,17 +4,30 @@ Shapes: B batch, H heads, T queries, S keys.
 """
 
 import inspect
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from separata_shared.cli import from_yaml
+from separata_shared.data.vocabulary import PAD
+from separata_shared.files import write_json
 from separata_shared.nn import MultiHeadAttention, record_attention
+from separata_shared.training import Run, TrainConfig
 from torch import Tensor, nn
 
-from .model import TopKAttention
+from .config import AttentionConfig, Site
+from .data import ParallelBatch, load
+from .generate import TrainedModel, load_run
+from .model import TopKAttention, sparse_attentions
 from .multihead import TopKMultiheadAttention
+from .train import ordered_batches
 
 Batch = TypeVar("Batch")
 Row = dict[str, Any]
@@ -224,3 +237,93 @@ def attention_table(rows: Iterable[Row]) -> str:
             f"{row['entropy_dense']:>7.3f}->{row['entropy']:>6.3f}"
         )
     return "\n".join(lines)
+
+
+def convert(
+    *,
+    run: Path = Path("runs/tiny"),
+    output: Path = Path("runs/tiny-converted"),
+    top_k: int = 8,
+    sites: list[Site] | None = None,
+    weights: Path | None = None,
+    batches: int = 20,
+) -> dict[str, Any]:
+    """Turn a trained dense model into a sparse one and report what the selection takes away.
+
+    The new run directory has the same parameters and a configuration with top-k attention; it can
+    be evaluated and used like any other. ``report.json`` says for each attention and head how much
+    of the dense probability the kept keys hold on validation sentences.
+
+    Args:
+        run: Run directory of a dense model.
+        output: Run directory to write.
+        top_k: Keys to keep per query.
+        sites: Attentions to make sparse: encoder_self, decoder_self, cross; default: all.
+        weights: Weights file; default: the best of the run.
+        batches: Validation batches to measure on.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: The run cannot be read or is not dense, or ``output`` holds something.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: is not empty; choose another directory")
+    if batches < 1:
+        raise ValueError(f"batches: must be at least 1, got {batches}")
+    attention = AttentionConfig(kind="topk", top_k=top_k)
+    attention = attention if sites is None else replace(attention, sites=sites)
+    dense = load_run(run, weights=weights)
+    if sparse_attentions(dense.network):
+        raise ValueError(f"{run}: the model has sparse attention already; convert a dense one")
+    split = load(dense.data).valid
+    device = next(dense.network.parameters()).device
+    chosen = islice(ordered_batches(split, dense.data.max_tokens), batches)
+    report = {
+        "top_k": top_k,
+        "sites": attention.sites,
+        "weights": dense.weights.name,
+        "split": "valid",
+        "attentions": measure_attention(
+            dense.network,
+            (batch.to(device) for batch in chosen),
+            top_k=top_k,
+            call=lambda network, batch: network(batch.source, batch.decoder_input),
+            real_queries=_real_queries,
+        ),
+    }
+    _write_run(dense, replace(dense.model, attention=attention), report, output)
+    print(attention_table(report["attentions"]))
+    print(output)
+    return report
+
+
+def _real_queries(name: str, batch: ParallelBatch) -> Tensor:
+    queries = batch.source if name.startswith("encoder.") else batch.decoder_input
+    return queries != PAD
+
+
+def _write_run(trained: TrainedModel, model: Any, report: dict[str, Any], output: Path) -> None:
+    """Write the run directory of ``trained`` with another wiring, whole or not at all."""
+    old = Run(trained.run)
+    settings = from_yaml(old.config, {"train": TrainConfig, "label_smoothing": float})
+    groups = {"model": model, "data": trained.data, "decode": trained.decode, **settings}
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    new = Run(temporary, groups)
+    try:
+        new.weights.mkdir(parents=True)
+        # A name that counts as the weights of a step, also for an average.
+        name = (
+            trained.weights.name if "step_" in trained.weights.name else "step_0000000.safetensors"
+        )
+        shutil.copyfile(trained.weights, new.weights / name)
+        for path in trained.run.glob("*.vocabulary"):
+            shutil.copyfile(path, temporary / path.name)
+        new.begin(write=True)
+        write_json(temporary / "report.json", report)
+        if output.exists():
+            output.rmdir()  # empty, as checked
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

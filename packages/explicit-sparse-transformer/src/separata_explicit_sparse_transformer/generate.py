@@ -101,6 +101,7 @@ def generate(
     weights: Path | None = None,
     beam: int | None = None,
     alpha: float | None = None,
+    limit: int | None = None,
 ) -> list[str]:
     """Translate text, one sentence per line.
 
@@ -111,6 +112,7 @@ def generate(
         weights: Weights file; default: the best of the run.
         beam: Beam size; default: the run's.
         alpha: Exponent of the length penalty; default: the run's.
+        limit: Translate only so many lines; default: all.
 
     Returns:
         One translation per line of the input; an empty line gives an empty line.
@@ -120,7 +122,7 @@ def generate(
     """
     trained = with_search(load_run(run, weights=weights), beam=beam, alpha=alpha)
     name = str(input or "standard input")
-    lines = read_lines(input) if input else _standard_input()
+    lines = (read_lines(input) if input else _standard_input())[:limit]
     translations = translate_lines(trained, lines, name=name)
     text = "".join(f"{line}\n" for line in translations)
     if output is None:

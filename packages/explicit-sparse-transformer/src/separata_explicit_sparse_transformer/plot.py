@@ -27,13 +27,15 @@ def plot_attention(
     output: Path | None = None,
     weights: Path | None = None,
     head: int | None = None,
+    word: int | None = None,
 ) -> dict[str, Any]:
     """Draw the attention of a trained model for one sentence, dense beside sparse.
 
-    Two pictures are written: ``attention.png`` has the context attention of the first and the last
-    decoder layer, once as the model attends and once with the selection taken away (the same
-    weights, all keys kept); ``support.png`` has the number of keys that carry weight, the entropy
-    and the dense probability kept, for each layer and head. ``attention.json`` has their numbers.
+    Three pictures are written. ``attention.png`` has the context attention of the first and the
+    last decoder layer, once as the model attends and once with the selection taken away (the same
+    weights, all keys kept). ``word.png`` has the same for one target word. ``support.png`` has the
+    number of keys that carry weight, the entropy and the dense probability kept, for each layer
+    and head. ``attention.json`` has their numbers.
 
     Args:
         run: Run directory of ``train``.
@@ -41,6 +43,7 @@ def plot_attention(
         output: Directory for the files; default: the run directory.
         weights: Weights file; default: the newest of the run.
         head: Head to draw; default: the mean over the heads.
+        word: Position of the target word in ``word.png``, from 0; default: the middle one.
 
     Returns:
         The numbers of ``attention.json``.
@@ -63,11 +66,16 @@ def plot_attention(
         "target": _pieces(trained.target_vocabulary.pieces, target),
         "attentions": {name: _statistics(sparse[name], dense[name]) for name in sparse},
     }
+    place = (len(target) - 1) // 2 if word is None else word
+    if not 0 <= place < len(target):
+        raise ValueError(f"word: {place} does not exist, the target has {len(target)} tokens")
     directory = output or run
     write_json(directory / "attention.json", report)
     _draw_maps(sparse, dense, report, head, directory / "attention.png")
+    _draw_word(sparse, dense, report, head, place, directory / "word.png")
     _draw_statistics(report, directory / "support.png")
-    print(f"{directory / 'attention.png'}\n{directory / 'support.png'}")
+    for name in ("attention", "word", "support"):
+        print(directory / f"{name}.png")
     return report
 
 
@@ -119,7 +127,12 @@ def _statistics(sparse: NDArray[np.float32], dense: NDArray[np.float32]) -> dict
     }
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib, drawing to files only.
+
+    Raises:
+        ValueError: It is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -132,10 +145,11 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, atomically, and forget it."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         figure.savefig(file, format="png", dpi=130)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def _draw_maps(
@@ -145,7 +159,7 @@ def _draw_maps(
     names = [name for name in sparse if "cross" in name]
     names = names[:1] + names[-1:] if len(names) > 1 else names
     rows, columns = len(report["target"]), len(report["source"])
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         len(names),
         2,
         figsize=(3 + 0.55 * columns, (1.2 + 0.28 * rows) * len(names)),
@@ -163,7 +177,26 @@ def _draw_maps(
             # The row of a query is labelled with the token that it predicts.
             axis.set_yticks(range(rows), [*report["target"][1:], "</s>"], fontsize=7)
         figure.colorbar(image, ax=row, label="attention weight")
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def _draw_word(
+    sparse: Maps, dense: Maps, report: dict[str, Any], head: int | None, place: int, path: Path
+) -> None:
+    """Context attention of one target word in the last decoder layer, as bars."""
+    name = [name for name in sparse if "cross" in name][-1]
+    columns = np.arange(len(report["source"]))
+    figure, axis = pyplot().subplots(figsize=(2 + 0.45 * len(columns), 3.2), layout="constrained")
+    for shift, maps, label in ((-0.2, dense, "every key"), (0.2, sparse, "as trained")):
+        weights = maps[name].mean(0) if head is None else maps[name][head]
+        axis.bar(columns + shift, weights[place], width=0.4, label=label)
+    axis.set_title(
+        f"{_short(name)}: writing {[*report['target'][1:], '</s>'][place]!r}", fontsize=9
+    )
+    axis.set_xticks(columns, report["source"], rotation=60, ha="right", fontsize=7)
+    axis.set_ylabel("attention weight")
+    axis.legend()
+    save_figure(figure, path)
 
 
 def _draw_statistics(report: dict[str, Any], path: Path) -> None:
@@ -174,7 +207,7 @@ def _draw_statistics(report: dict[str, Any], path: Path) -> None:
         "dense_mass_kept": "dense probability kept",
     }
     names = list(report["attentions"])
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         1, len(titles), figsize=(12, 1.5 + 0.3 * len(names)), layout="constrained"
     )
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
@@ -185,7 +218,7 @@ def _draw_statistics(report: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(values.shape[1]))
         axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7)
         figure.colorbar(image, ax=axis)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _short(name: str) -> str:
