@@ -11,9 +11,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
 
@@ -47,7 +48,7 @@ def main(
             _top_level(verbs, program).parse_args(argv or ["--help"])
         _run(verbs, verb, argv[1:], package)
     except KeyboardInterrupt as error:
-        _say(f"{program}: {error or 'interrupted'}")
+        _say(f"{program}: {str(error) or 'interrupted'}")
         signum = getattr(error, "signum", None)
         if signum is not None:
             _leave_processes()
@@ -183,6 +184,10 @@ def _settings(
     for key in settings.keys() - own.keys():
         if not any(key in inspect.signature(_load(verb)).parameters for verb in verbs.values()):
             raise ValueError(f"{path}: unknown key {key!r}")
+    types = get_type_hints(function)
+    for key in settings.keys() & own.keys():
+        if is_dataclass(types[key]) and not isinstance(settings[key], dict):
+            raise ValueError(f"{path}: {key}: must hold settings, not {settings[key]!r}")
     return {key: value for key, value in settings.items() if key in own}
 
 

@@ -142,7 +142,8 @@ def clip_each_norm(parameters: Iterable[nn.Parameter], *, max_norm: float) -> Te
         The norm of all gradients before scaling, a scalar on the parameters' device.
     """
     norms = [_full(nn.utils.clip_grad_norm_([p], max_norm)) for p in parameters]
-    return torch.stack(norms).norm()
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
 
 
 def _full(norm: Tensor) -> Tensor:
