@@ -1,22 +1,7 @@
 from pathlib import Path
 
-import pytest
+from separata_shared.testing.parity import goldens_option, pytest_generate_tests
 
+__all__ = ["pytest_addoption", "pytest_generate_tests"]
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--goldens",
-        type=Path,
-        default=Path(__file__).parent / "goldens",
-        help="folder of golden files that test_parity.py compares with",
-    )
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "golden_path" in metafunc.fixturenames:
-        folder = metafunc.config.getoption("--goldens")
-        files = sorted(path for path in folder.glob("*.*") if path.suffix in (".npz", ".json"))
-        # An empty folder must not pass: the missing file fails when it is opened.
-        metafunc.parametrize(
-            "golden_path", files or [folder / "no-golden-files"], ids=lambda path: path.name
-        )
+pytest_addoption = goldens_option(Path(__file__).parent / "goldens")

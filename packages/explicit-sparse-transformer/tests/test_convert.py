@@ -1,19 +1,27 @@
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from separata_explicit_sparse_transformer.average import average_checkpoints
 from separata_explicit_sparse_transformer.build import build_model
-from separata_explicit_sparse_transformer.config import AttentionConfig, ModelConfig
+from separata_explicit_sparse_transformer.config import AttentionConfig, DecodeConfig, ModelConfig
 from separata_explicit_sparse_transformer.convert import (
     attention_table,
+    convert,
     from_fairseq,
     make_sparse,
     measure_attention,
 )
+from separata_explicit_sparse_transformer.data import DataConfig
+from separata_explicit_sparse_transformer.evaluate import evaluate
+from separata_explicit_sparse_transformer.generate import load_run
 from separata_explicit_sparse_transformer.model import ExplicitSparseTransformer, sparse_attentions
+from separata_explicit_sparse_transformer.train import train
 from separata_shared.nn import record_attention
+from separata_shared.training import TrainConfig
 from torch import Tensor, nn
 
 
@@ -190,3 +198,59 @@ def test_stacked_and_tied_fairseq_parameters_are_understood() -> None:
     assert torch.equal(untied["output.weight"], table + 1)
     with pytest.raises(ValueError, match=r"encoder\.embed_tokens\.weight"):
         from_fairseq({})
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "dense"
+    train(
+        model=ModelConfig(
+            width=16,
+            num_heads=2,
+            hidden_width=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            dropout=0.0,
+            attention=AttentionConfig(sites=[]),
+        ),
+        data=DataConfig(tiny_pairs=100, tiny_length=5),
+        train=TrainConfig(steps=2, save_every=1, device="cpu"),
+        decode=DecodeConfig(beam=2),
+        run=run,
+    )
+    return run
+
+
+def test_a_converted_run_is_a_run_with_the_same_weights(dense_run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "sparse"
+    report = convert(run=dense_run, output=output, top_k=2, sites=["encoder_self", "cross"])
+    assert json.loads((output / "report.json").read_text()) == report
+    assert len(report["attentions"]) == 3 * 2
+    before, after = load_run(dense_run), load_run(output)
+    assert set(sparse_attentions(after.network)) == {
+        "encoder.layers.0.self_attention",
+        "decoder.layers.0.cross_attention",
+    }
+    for name, parameter in before.network.state_dict().items():
+        assert torch.equal(after.network.state_dict()[name], parameter)
+    assert evaluate(run=output)["sentences"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["sparse"]
+
+
+def test_averaged_weights_can_be_converted(dense_run: Path, tmp_path: Path) -> None:
+    average = average_checkpoints(run=dense_run, last=2)
+    convert(run=dense_run, output=tmp_path / "sparse", top_k=2, weights=average, batches=1)
+    assert load_run(tmp_path / "sparse").weights.read_bytes() == average.read_bytes()
+
+
+def test_what_cannot_be_converted_is_refused(dense_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: not a run"):
+        convert(run=tmp_path / "nowhere", output=tmp_path / "sparse")
+    with pytest.raises(ValueError, match="dense: is not empty"):
+        convert(run=dense_run, output=dense_run)
+    with pytest.raises(ValueError, match="top_k"):
+        convert(run=dense_run, output=tmp_path / "sparse", top_k=0)
+    convert(run=dense_run, output=tmp_path / "sparse", top_k=2, batches=1)
+    with pytest.raises(ValueError, match="sparse attention already"):
+        convert(run=tmp_path / "sparse", output=tmp_path / "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["sparse"]

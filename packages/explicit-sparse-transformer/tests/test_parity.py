@@ -4,14 +4,12 @@ What a file pins down is read from its stored ``config`` and the names of its ar
 are those of goldens/README.md.
 """
 
-import json
 import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,36 +37,38 @@ from separata_shared.decoding import beam_search, power_penalty
 from separata_shared.metrics import bleu
 from separata_shared.nn import MultiHeadAttention, padding_mask, record_attention
 from separata_shared.nn.cache import GrowingCache
+from separata_shared.testing.parity import (
+    Tolerance,
+    assert_close,
+    assert_same_support,
+    load_golden,
+)
 from torch import Tensor
 
-FORWARD = 1e-5
-GRADIENT = 5e-5
+FORWARD = Tolerance("forward", 1e-5)
+GRADIENT = Tolerance("gradient", 5e-5)
+MODEL_LOSS = Tolerance("summed loss", 1e-3)
+MODEL_GRADIENT = Tolerance("model gradient", 1e-4)
+BEAM_SCORE = Tolerance("beam score", 1e-4)
 Arrays = dict[str, Tensor]
 
 
 def test_golden_is_reproduced(golden_path: Path) -> None:
-    if golden_path.suffix == ".json":
-        golden = json.loads(golden_path.read_text(encoding="utf-8"))
-        kinds = [check for keys, check in JSON_KINDS.items() if set(keys) <= set(golden)]
-        assert len(kinds) == 1, f"{golden_path.name}: unknown kind with keys {sorted(golden)}"
-        kinds[0](golden)
-        return
-    with np.load(golden_path, allow_pickle=False) as stored:
-        config = json.loads(str(stored["config"]))
-        arrays = {n: torch.from_numpy(stored[n]) for n in stored.files if n != "config"}
-    assert config["case"] in KINDS, f"{golden_path.name}: unknown kind {config['case']!r}"
-    KINDS[config["case"]](config, arrays)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
-    torch.testing.assert_close(
-        actual.detach(), expected, atol=tolerance, rtol=0, msg=lambda text: f"{name}: {text}"
-    )
+    golden = load_golden(golden_path)
+    if golden.arrays:
+        kind = golden.config["case"]
+        assert kind in KINDS, f"{golden_path.name}: unknown kind {kind!r}"
+        KINDS[kind](golden.config, golden.arrays)
+    else:
+        keys = set(golden.config)
+        kinds = [check for known, check in JSON_KINDS.items() if keys >= set(known)]
+        assert len(kinds) == 1, f"{golden_path.name}: unknown kind with keys {sorted(keys)}"
+        kinds[0](golden.config)
 
 
 def same_weights(actual: Tensor, expected: Tensor, name: str) -> None:
-    close(actual, expected, FORWARD, name)
-    assert torch.equal(actual > 0, expected > 0), f"{name}: another support"
+    assert_close(actual, expected, FORWARD, name)
+    assert_same_support(actual, expected, name)
 
 
 def prefixed(arrays: Arrays, prefix: str) -> Arrays:
@@ -103,7 +103,7 @@ def check_mha(config: dict[str, Any], arrays: Arrays) -> None:
     with record_attention(module) as recorded:
         out = module(query, key, mask=mask, causal=config["causal"])
     (weights,) = recorded.values()
-    close(out.transpose(0, 1), arrays["out"], FORWARD, "out")
+    assert_close(out.transpose(0, 1), arrays["out"], FORWARD, "out")
     same_weights(weights.transpose(0, 1), arrays["weights"], "weights")
     if config["effective_k"] is not None and config["entmax"] is None:
         top_k = official_top_k(config["div"], config["lb"], config["src_len"])
@@ -116,7 +116,7 @@ def check_mha(config: dict[str, Any], arrays: Arrays) -> None:
         gradients["key"] = key.grad.transpose(0, 1)
     for name, expected in prefixed(arrays, "grad_").items():
         if name != "out":
-            close(gradients[name], expected, GRADIENT, f"grad_{name}")
+            assert_close(gradients[name], expected, GRADIENT, f"grad_{name}")
 
 
 def check_incremental(config: dict[str, Any], arrays: Arrays) -> None:
@@ -131,12 +131,14 @@ def check_incremental(config: dict[str, Any], arrays: Arrays) -> None:
     cache = GrowingCache()
     with torch.no_grad(), record_attention(module) as recorded:
         out = module(x, causal=True)
-        close(out.transpose(0, 1), arrays["out_teacher_forced"], FORWARD, "out_teacher_forced")
+        assert_close(
+            out.transpose(0, 1), arrays["out_teacher_forced"], FORWARD, "out_teacher_forced"
+        )
         (weights,) = recorded.values()
         same_weights(weights.transpose(0, 1), arrays["weights_teacher_forced"], "teacher forced")
         for step in range(length):
             out = module(x[:, step : step + 1], causal=True, cache=cache)
-            close(out[:, 0], arrays["out_incremental"][step], FORWARD, f"step {step}")
+            assert_close(out[:, 0], arrays["out_incremental"][step], FORWARD, f"step {step}")
             (weights,) = recorded.values()
             weights = F.pad(weights[:, :, 0], (0, length - step - 1)).transpose(0, 1)
             same_weights(weights, arrays["weights_incremental"][step], f"weights of step {step}")
@@ -156,14 +158,16 @@ def check_tensor2tensor(config: dict[str, Any], arrays: Arrays) -> None:
     out, weights = attend(
         F.pad(q, widen) * math.sqrt(width), F.pad(k, widen), v, return_weights=True, **options
     )
-    close(out, arrays["out"], FORWARD, "out")
+    assert_close(out, arrays["out"], FORWARD, "out")
     same_weights(weights.detach(), arrays["weights"], "weights")
     visible = arrays["logits_after_mask"] > -1e8
     scores = (q @ k.mT).detach() + (0 if bias is None else bias)
-    close(scores[visible], arrays["logits_after_mask"][visible], FORWARD, "logits_after_mask")
+    assert_close(
+        scores[visible], arrays["logits_after_mask"][visible], FORWARD, "logits_after_mask"
+    )
     (out * arrays["grad_out"]).sum().backward()
     for name, tensor in {"q": q, "k": k, "v": v}.items():
-        close(tensor.grad, arrays[f"grad_{name}"], GRADIENT, f"grad_{name}")
+        assert_close(tensor.grad, arrays[f"grad_{name}"], GRADIENT, f"grad_{name}")
 
 
 def tensor2tensor_attend(
@@ -213,9 +217,9 @@ def check_span_mask(config: dict[str, Any], arrays: Arrays) -> None:
     out = span(probs.unflatten(0, heads))
     same_weights(out.detach().flatten(0, 1), arrays["out"], "out")
     (out * arrays["grad_out"].unflatten(0, heads)).sum().backward()
-    close(probs.grad, arrays["grad_probs"], GRADIENT, "grad_probs")
-    close(span.share.grad, arrays["grad_current_val"], GRADIENT, "grad_current_val")
-    close(config["loss_coeff"] * span.loss(), arrays["span_loss"], FORWARD, "span_loss")
+    assert_close(probs.grad, arrays["grad_probs"], GRADIENT, "grad_probs")
+    assert_close(span.share.grad, arrays["grad_current_val"], GRADIENT, "grad_current_val")
+    assert_close(config["loss_coeff"] * span.loss(), arrays["span_loss"], FORWARD, "span_loss")
 
 
 SPAN_NAMES = {
@@ -261,17 +265,17 @@ def check_span_language_model(config: dict[str, Any], arrays: Arrays) -> None:
     assert [span.cache_length() for span in model.spans] == config["cache_sizes"]
     numbers = range(config["layers"])
     logits, caches = model(arrays["x"], [arrays[f"cache{n}"] for n in numbers])
-    close(logits.log_softmax(dim=-1), arrays["log_probs"], FORWARD, "log_probs")
+    assert_close(logits.log_softmax(dim=-1), arrays["log_probs"], FORWARD, "log_probs")
     for n in numbers:
-        close(caches[n], arrays[f"next_cache{n}"], FORWARD, f"next_cache{n}")
+        assert_close(caches[n], arrays[f"next_cache{n}"], FORWARD, f"next_cache{n}")
     loss = F.cross_entropy(logits.flatten(0, 1), arrays["y"].flatten())
     span_loss = config["loss_coeff"] * model.span_loss()
-    close(loss, arrays["loss"], FORWARD, "loss")
-    close(span_loss, arrays["span_loss"], FORWARD, "span_loss")
+    assert_close(loss, arrays["loss"], FORWARD, "loss")
+    assert_close(span_loss, arrays["span_loss"], FORWARD, "span_loss")
     (loss + span_loss).backward()
     gradients = dict(model.named_parameters())
     for name, expected in from_span_names(prefixed(arrays, "grad_")).items():
-        close(gradients[name].grad, expected, GRADIENT, f"grad_{name}")
+        assert_close(gradients[name].grad, expected, GRADIENT, f"grad_{name}")
 
 
 # fairseq fork: whole model.
@@ -318,24 +322,28 @@ def check_tiny_transformer(config: dict[str, Any], arrays: Arrays) -> None:
             self_mask=padding_mask(target_input, PAD),
         )
     logits = model.output(states)
-    close(logits, arrays["logits"], FORWARD, "logits")
+    assert_close(logits, arrays["logits"], FORWARD, "logits")
     real = target_input != PAD
     unmasked = model(source, target_input)
-    close(unmasked[real], arrays["logits"][real], FORWARD, "logits of the model's own forward")
-    close(logits.log_softmax(dim=-1), arrays["log_probs"], FORWARD, "log_probs")
+    assert_close(
+        unmasked[real], arrays["logits"][real], FORWARD, "logits of the model's own forward"
+    )
+    assert_close(logits.log_softmax(dim=-1), arrays["log_probs"], FORWARD, "log_probs")
     cross = recorded[f"decoder.layers.{config['layers'] - 1}.cross_attention"]
-    close(cross.mean(dim=1), arrays["cross_attn_last_layer"], FORWARD, "cross_attn_last_layer")
+    assert_close(
+        cross.mean(dim=1), arrays["cross_attn_last_layer"], FORWARD, "cross_attn_last_layer"
+    )
 
     flat, target = logits.flatten(0, 1), arrays["target"].flatten()
     cross_entropy = partial(F.cross_entropy, flat, target, ignore_index=PAD, reduction="sum")
     loss = cross_entropy(label_smoothing=config["label_smoothing"])
-    close(loss, arrays["loss_sum"], 1e-3, "loss_sum")
-    close(cross_entropy(), arrays["nll_sum"], 1e-3, "nll_sum")
+    assert_close(loss, arrays["loss_sum"], MODEL_LOSS, "loss_sum")
+    assert_close(cross_entropy(), arrays["nll_sum"], MODEL_LOSS, "nll_sum")
     assert target.ne(PAD).sum() == arrays["ntokens"]
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False)}
     for name, expected in from_fairseq(prefixed(arrays, "grad_")).items():
-        close(gradients[name], expected, 1e-4, f"grad_{name}")
+        assert_close(gradients[name], expected, MODEL_GRADIENT, f"grad_{name}")
     check_beam(config, arrays, model)
 
 
@@ -358,14 +366,16 @@ def check_beam(config: dict[str, Any], arrays: Arrays, model: ExplicitSparseTran
         rows = [row[row != PAD] for row in expected]
         assert hypotheses[0].tokens.tolist() == rows[0].tolist()
         scores = torch.tensor([hypothesis.score for hypothesis in hypotheses])
-        close(scores, arrays["beam_scores"][sentence], 1e-4, "beam_scores")
+        assert_close(scores, arrays["beam_scores"][sentence], BEAM_SCORE, "beam_scores")
         # Hypotheses of nearly equal score may change places; each has its own token scores.
         places = {tuple(row.tolist()): place for place, row in enumerate(rows)}
         for hypothesis in hypotheses:
             place = places.get(tuple(hypothesis.tokens.tolist()))
             if place is not None:
                 steps = arrays["beam_positional_scores"][sentence, place, : len(rows[place])]
-                close(hypothesis.positional_scores, steps, 1e-4, "beam_positional_scores")
+                assert_close(
+                    hypothesis.positional_scores, steps, BEAM_SCORE, "beam_positional_scores"
+                )
 
 
 # BLEU.

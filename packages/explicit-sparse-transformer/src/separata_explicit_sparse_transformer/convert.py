@@ -280,21 +280,22 @@ def convert(
     split = load(dense.data).valid
     device = next(dense.network.parameters()).device
     chosen = islice(ordered_batches(split, dense.data.max_tokens), batches)
+    rows = measure_attention(
+        dense.network,
+        (batch.to(device) for batch in chosen),
+        top_k=top_k,
+        call=lambda network, batch: network(batch.source, batch.decoder_input),
+        real_queries=_real_queries,
+    )
     report = {
         "top_k": top_k,
         "sites": attention.sites,
         "weights": dense.weights.name,
         "split": "valid",
-        "attentions": measure_attention(
-            dense.network,
-            (batch.to(device) for batch in chosen),
-            top_k=top_k,
-            call=lambda network, batch: network(batch.source, batch.decoder_input),
-            real_queries=_real_queries,
-        ),
+        "attentions": rows,
     }
     _write_run(dense, replace(dense.model, attention=attention), report, output)
-    print(attention_table(report["attentions"]))
+    print(attention_table(rows))
     print(output)
     return report
 
