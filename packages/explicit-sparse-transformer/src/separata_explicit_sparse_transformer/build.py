@@ -16,7 +16,7 @@ from separata_shared.nn import (
 )
 from torch import Tensor, nn
 
-from . import selection
+from . import patterns, selection
 from .config import AttentionConfig, ModelConfig, Site
 from .model import (
     AttendFactory,
@@ -132,6 +132,20 @@ def _after_scores(normalise: Callable[..., Tensor]) -> Callable[[AttentionConfig
     )
 
 
+def _pattern(choose: Callable[..., Tensor]) -> Callable[[AttentionConfig, int], Attend]:
+    """A fixed pattern of k keys per query as an attention."""
+    return lambda config, layer: patterns.pattern_attention(
+        partial(choose, top_k=_one_number(config, layer))
+    )
+
+
+def _one_number(config: AttentionConfig, layer: int) -> int:
+    top_k = _top_k(config, layer)
+    if isinstance(top_k, Tensor):
+        raise ValueError(f"model.attention.top_k: {config.kind} takes no k per head")
+    return top_k
+
+
 _KINDS: dict[str, Callable[[AttentionConfig, int], Attend]] = {
     "topk": lambda config, layer: TopKAttention(_top_k(config, layer), ties=config.ties),
     "ratio": lambda config, layer: partial(
@@ -148,4 +162,13 @@ _KINDS: dict[str, Callable[[AttentionConfig, int], Attend]] = {
     "softmax_topk_softmax": _after_scores(selection.softmax_topk_softmax),
     "selection_before_masking": _after_scores(selection.selection_before_masking_softmax),
     "joint_heads": _after_scores(selection.joint_heads_topk_softmax),
+    "out_of_window": lambda config, layer: patterns.out_of_window_attention(
+        _one_number(config, layer)
+    ),
+    "window": _pattern(patterns.window),
+    "block": _pattern(patterns.block),
+    "dilated": _pattern(patterns.dilated),
+    "global": _pattern(patterns.global_keys),
+    "random": _pattern(patterns.random_keys),
+    "big_bird": _pattern(patterns.big_bird),
 }

@@ -26,11 +26,20 @@ class AttentionConfig:
         "softmax_topk_softmax",
         "selection_before_masking",
         "joint_heads",
+        "out_of_window",
+        "window",
+        "block",
+        "dilated",
+        "global",
+        "random",
+        "big_bird",
     ] = "topk"
     """``topk`` is the method. ``ratio`` keeps a share of each row's valid keys, ``official_ratio``
     a share of the padded length as the published code does. ``dense``, ``sparsemax`` and
     ``entmax15`` are baselines. ``straight_through`` selects forward and passes the dense gradient
-    backward. The others are the orders of operations found in the authors' tensor2tensor code."""
+    backward. ``softmax_topk`` to ``joint_heads`` are the orders of operations found in the authors'
+    tensor2tensor code. ``out_of_window`` attends a local window and the best keys outside it; the
+    kinds after it are fixed patterns to compare with, all for self-attention."""
 
     top_k: int | list[int] | list[list[int]] = 8
     """Keys kept per query: one number, one per layer, or one per layer and head."""
