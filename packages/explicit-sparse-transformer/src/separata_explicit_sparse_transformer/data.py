@@ -101,6 +101,11 @@ class DataConfig:
     tiny_length: int = 10
     """Longest made sentence in symbols; the shortest has three."""
 
+    @property
+    def lowercased(self) -> bool:
+        """Whether the text of this data is in lower case."""
+        return self.lowercase or self.dataset == "iwslt14_de_en"
+
     def __post_init__(self) -> None:
         """Check what the types cannot say."""
         for name in ("max_length", "max_tokens", "tiny_pairs", "tiny_symbols"):

@@ -153,7 +153,8 @@ def translate_lines(
     filled = [number for number, line in enumerate(lines) if line.strip()]
     sources = []
     for number in filled:
-        tokens = trained.source_vocabulary.encode(lines[number])
+        line = lines[number].lower() if trained.data.lowercased else lines[number]
+        tokens = trained.source_vocabulary.encode(line)
         if len(tokens) > trained.model.max_length:
             raise ValueError(
                 f"{name}: line {number + 1} has {len(tokens)} tokens, more than the "

@@ -99,7 +99,7 @@ def _each_file(names: tuple[str, ...], languages: tuple[str, str]) -> list[str]:
 
 def _prepare_pairs(data: DataConfig, directory: Path) -> tuple[tuple[Path, ...], dict[str, Any]]:
     text = read_raw(data)
-    if data.lowercase or data.dataset == "iwslt14_de_en":
+    if data.lowercased:
         text = text.map(str.lower)
     vocabularies = learn_vocabularies(text, data)
     corpus = tokenise(text, data, vocabularies)

@@ -171,8 +171,9 @@ def _candidates(
     scores, places = flat.topk(min(wanted, flat.size(1)))
     missing = (0, wanted - scores.size(1))
     scores, places = F.pad(scores, missing, value=-torch.inf), F.pad(places, missing)
-    first_rows = torch.arange(0, totals.size(0), totals.size(0) // num_sentences)
-    parents = places // num_tokens + first_rows.to(places.device)[:, None]
+    num_beams = totals.size(0) // num_sentences
+    first_rows = torch.arange(0, totals.size(0), num_beams, device=totals.device)
+    parents = places // num_tokens + first_rows[:, None]
     return scores, parents, places % num_tokens
 
 

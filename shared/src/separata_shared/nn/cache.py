@@ -109,7 +109,8 @@ class DecoderState:
 
     Attributes:
         memory: Encoder output ``(B, S, M)``.
-        memory_mask: Boolean, broadcastable to ``(B, H, 1, S)``, True = may attend; or None.
+        memory_mask: Boolean of four dimensions, broadcastable to ``(B, H, 1, S)``, True = may
+            attend; or None.
         layers: One cache per decoder layer.
     """
 
