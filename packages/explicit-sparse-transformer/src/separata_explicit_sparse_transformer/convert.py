@@ -27,7 +27,6 @@ from .data import ParallelBatch, load
 from .generate import TrainedModel, load_run
 from .model import TopKAttention, sparse_attentions
 from .multihead import TopKMultiheadAttention
-from .train import ordered_batches
 
 Batch = TypeVar("Batch")
 Row = dict[str, Any]
@@ -279,7 +278,7 @@ def convert(
         raise ValueError(f"{run}: the model has sparse attention already; convert a dense one")
     split = load(dense.data).valid
     device = next(dense.network.parameters()).device
-    chosen = islice(ordered_batches(split, dense.data.max_tokens), batches)
+    chosen = islice(split.in_order(dense.data.max_tokens), batches)
     rows = measure_attention(
         dense.network,
         (batch.to(device) for batch in chosen),

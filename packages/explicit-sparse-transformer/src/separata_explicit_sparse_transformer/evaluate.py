@@ -55,27 +55,28 @@ def evaluate(
     hypotheses = translate_lines(trained, part.source_lines, name=f"{split} part")
     seconds = time.perf_counter() - began
     losses = validation_loss(trained.network, part, trained.data.max_tokens)
+    perplexity = Score(losses["perplexity"], "per token", "token-weighted", len(part.target.tokens))
+    metrics = {
+        **score(hypotheses, part.target_lines),
+        "perplexity": perplexity.as_dict(),
+        "exact_match": _exact(hypotheses, part.target_lines).as_dict(),
+    }
+    copied = score(part.source_lines, part.target_lines)
     scores = {
         "split": split,
         "weights": trained.weights.name,
         "beam": trained.decode.beam,
         "sentences": len(hypotheses),
         "seconds": round(seconds, 2),
-        "metrics": {
-            **score(hypotheses, part.target_lines),
-            "perplexity": Score(
-                losses["perplexity"], "per token", "token-weighted", len(part.target.tokens)
-            ).as_dict(),
-            "exact_match": _exact(hypotheses, part.target_lines).as_dict(),
-        },
-        "copy_of_the_source": score(part.source_lines, part.target_lines),
+        "metrics": metrics,
+        "copy_of_the_source": copied,
     }
     path = output or run / "scores.json"
     write_text(path.with_suffix(f".{split}.txt"), "".join(f"{line}\n" for line in hypotheses))
     write_json(path, scores)
-    for name, value in scores["metrics"].items():
+    for name, value in metrics.items():
         print(f"{name}: {value['value']:.2f} {value['unit']} ({value['signature']})")
-    print(f"copy of the source: {scores['copy_of_the_source']['bleu_detokenised']['value']:.2f}")
+    print(f"copy of the source: {copied['bleu_detokenised']['value']:.2f}")
     print(path)
     return scores
 

@@ -1,13 +1,11 @@
 """Training on parallel text."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from separata_shared.data.batching import Batches, MappedSequence, TokenBuckets
 from separata_shared.data.vocabulary import PAD, Vocabulary
 from separata_shared.nn import DecoderLayer, EncoderLayer
 from separata_shared.training import Loss, Run, TrainConfig, TrainResult, fit
@@ -63,7 +61,7 @@ def train(
     transformer = build_model(model)
     return fit(
         transformer,
-        training_batches(corpus.train, data.max_tokens, seed=train.seed),
+        corpus.train.batches(data.max_tokens, seed=train.seed),
         translation_step(label_smoothing),
         config=train,
         run=Run(run, {**settings, "label_smoothing": label_smoothing}),
@@ -86,16 +84,14 @@ def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
     Raises:
         ValueError: ``model`` names other sizes.
     """
-    sizes = {
-        "source_vocabulary_size": len(corpus.source_vocabulary),
-        "target_vocabulary_size": len(corpus.target_vocabulary),
-    }
-    for name, size in sizes.items():
-        if getattr(model, name) not in (0, size):
+    source, target = len(corpus.source_vocabulary), len(corpus.target_vocabulary)
+    for name, size in (("source", source), ("target", target)):
+        wanted = getattr(model, f"{name}_vocabulary_size")
+        if wanted not in (0, size):
             raise ValueError(
-                f"model.{name}: is {getattr(model, name)}, but the data has {size} types"
+                f"model.{name}_vocabulary_size: is {wanted}, but the data has {size} types"
             )
-    return replace(model, **sizes)
+    return replace(model, source_vocabulary_size=source, target_vocabulary_size=target)
 
 
 def _check_lengths(model: ModelConfig, corpus: Corpus) -> None:
@@ -106,22 +102,6 @@ def _check_lengths(model: ModelConfig, corpus: Corpus) -> None:
                 f"model.max_length: is {model.max_length}, but the {name} part has a sentence of "
                 f"{longest} tokens; raise it or lower data.max_length"
             )
-
-
-def _buckets(split: Split, max_tokens: int, seed: int = 0) -> TokenBuckets:
-    sides = np.stack([split.source.lengths, split.target.lengths], axis=1)
-    return TokenBuckets(sides, max_tokens=max_tokens, seed=seed)
-
-
-def training_batches(split: Split, max_tokens: int, *, seed: int) -> Batches[ParallelBatch]:
-    """Shuffled batches of at most ``max_tokens`` padded tokens a side, by epoch."""
-    buckets = _buckets(split, max_tokens, seed)
-    return lambda epoch: MappedSequence(split.batch, buckets(epoch))
-
-
-def ordered_batches(split: Split, max_tokens: int) -> Sequence[ParallelBatch]:
-    """Every pair of ``split`` once, in batches of similar length, longest first."""
-    return MappedSequence(split.batch, _buckets(split, max_tokens).in_order())
 
 
 def translation_step(label_smoothing: float) -> Callable[[nn.Module, ParallelBatch], Loss]:
@@ -149,7 +129,7 @@ def validation_loss(model: nn.Module, split: Split, max_tokens: int) -> dict[str
     step = translation_step(0.0)
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in ordered_batches(split, max_tokens):
+    for batch in split.in_order(max_tokens):
         loss = step(model, batch.to(device))
         sums += torch.stack([loss.total.double(), loss.count.double()])
     nll = (sums[0] / sums[1]).item()
