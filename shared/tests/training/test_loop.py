@@ -127,7 +127,7 @@ def test_the_callers_random_state_is_given_back(toy: ModuleType, tmp_path: Path)
 
 def lines_written(run: Run, process: subprocess.Popen[str], count: int) -> None:
     """Wait until the process has recorded so many steps."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         if run.metrics.exists() and run.metrics.read_text().count("\n") >= count:
             return

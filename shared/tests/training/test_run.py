@@ -93,31 +93,29 @@ def test_full_disk_leaves_no_half_written_file(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "environment.json"]
 
 
-def imported_by(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
-
-
 def test_importing_the_library_costs_nothing_beside_torch() -> None:
-    assert "torch" not in imported_by("import separata_shared")
+    code = """if True:
+        import sys
+        import separata_shared
+        assert "torch" not in sys.modules
+        import torch, numpy, tqdm, safetensors.torch
+        before = set(sys.modules)
+        import separata_shared.attention, separata_shared.data, separata_shared.decoding
+        import separata_shared.nn, separata_shared.training
+        print(*(set(sys.modules) - before))
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = {name for name in done.stdout.split() if not name.startswith("separata_shared")}
     # What takes longest to import besides torch itself; each is imported where it is used.
     slow = {
         "jsonargparse",
         "matplotlib",
         "sacrebleu",
-        "scipy",
         "sympy",
         "torch._dynamo",
         "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
     }
-    alone = imported_by("import torch, numpy, tqdm, safetensors.torch")
-    ours = imported_by(
-        "import separata_shared.training, separata_shared.data, separata_shared.nn, "
-        "separata_shared.attention, separata_shared.decoding"
-    )
-    assert not (ours - alone) & slow
-    foreign = {name for name in ours - alone if not name.startswith("separata_shared")}
+    assert not imported & slow
     # Torch and numpy have a few small modules left that they import when they are used.
-    assert len(foreign) < 40, sorted(foreign)
+    assert len(imported) < 40, sorted(imported)
