@@ -68,6 +68,11 @@ def test_groups_of_queries_share_a_row_of_memory(attend: Attend) -> None:
     assert_close(shared, repeated)
 
 
+def test_rows_that_cannot_share_memory_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 rows, no multiple of the 6"):
+        MultiHeadAttention(16, 4)(torch.randn(2, 3, 16), torch.randn(6, 5, 16))
+
+
 def test_masked_memory_has_no_influence_and_no_gradient(attend: Attend) -> None:
     module = MultiHeadAttention(16, 4, attend=attend)
     query, memory = torch.randn(2, 5, 16), torch.randn(2, 7, 16, requires_grad=True)

@@ -82,7 +82,8 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             query: ``(B, T, M)``. When ``memory`` has fewer rows, groups of consecutive rows of
-                ``query`` share one; ``mask`` and ``bias`` must then not depend on the query.
+                ``query`` share one; ``mask``, ``bias`` and ``attend`` must then not depend on
+                which query it is.
             memory: ``(B, S, key_width)``; None for self-attention.
             mask: Boolean, broadcastable to ``(B, H, T, S)``, True = may attend.
             bias: Added to the scaled scores, broadcastable to ``(B, H, T, S)``.
@@ -91,9 +92,16 @@ class MultiHeadAttention(nn.Module):
 
         Returns:
             ``(B, T, M)``.
+
+        Raises:
+            ValueError: The rows of ``query`` are no multiple of those of ``memory``.
         """
         source = query if memory is None else memory
         keys, values = self._project(source) if cache is None else cache.read(source, self._project)
+        if query.size(0) % keys.size(0):
+            raise ValueError(
+                f"query has {query.size(0)} rows, no multiple of the {keys.size(0)} of the keys"
+            )
         # Queries that share their keys are more queries of one row: (B, H, G * T, D).
         heads = self.q_proj(query).reshape(keys.size(0), -1, self.num_heads, self.head_width)
         # One query, as in step-by-step decoding, sees all keys: no need to build a causal mask.
