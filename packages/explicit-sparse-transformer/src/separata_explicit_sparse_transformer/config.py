@@ -3,11 +3,13 @@
 A YAML file holds one group per dataclass (``model``, ``data``, ``train``, ``decode``).
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 Site = Literal["encoder_self", "decoder_self", "cross"]
 SITES: tuple[Site, ...] = ("encoder_self", "decoder_self", "cross")
+_PATTERNS = ("out_of_window", "window", "block", "dilated", "global", "random", "big_bird")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +73,36 @@ class AttentionConfig:
         numbers = [k for row in flat for k in (row if isinstance(row, list) else [row])]
         if not numbers or any(k < 1 for k in numbers):
             raise ValueError(f"model.attention.top_k: every k must be at least 1, got {self.top_k}")
-        if self.ratio < 1:
+        if self.kind == "out_of_window" and min(numbers) < 2:
+            raise ValueError("model.attention.top_k: out_of_window needs 2, half for the window")
+        per_head = isinstance(self.top_k, list) and any(isinstance(k, list) for k in self.top_k)
+        if per_head and self.kind in (*_PATTERNS, "joint_heads"):
+            raise ValueError(f"model.attention.top_k: {self.kind} takes no k per head")
+        if self.kind in _PATTERNS and "cross" in self.sites:
+            raise ValueError(
+                f"model.attention.sites: {self.kind} compares positions of queries and keys, which "
+                "makes sense in self-attention only; leave out cross"
+            )
+        if self.kind == "official_ratio" and self.ties == "exact":
+            raise ValueError("model.attention.ties: official_ratio keeps ties, as the authors do")
+        if not self.ratio >= 1:
             raise ValueError(f"model.attention.ratio: must be at least 1, got {self.ratio}")
-        if self.min_keys < 0:
-            raise ValueError(f"model.attention.min_keys: must not be negative, got {self.min_keys}")
-        if self.start_top_k is not None and (self.start_top_k < 1 or self.schedule_steps < 1):
+        if self.min_keys < 1:
+            raise ValueError(f"model.attention.min_keys: must be at least 1, got {self.min_keys}")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.start_top_k is None:
+            return
+        if self.start_top_k < 1 or self.schedule_steps < 1:
             raise ValueError(
                 "model.attention.start_top_k: a schedule needs start_top_k >= 1 "
                 "and schedule_steps >= 1"
             )
-        if self.start_top_k is not None and not isinstance(self.top_k, int):
-            raise ValueError("model.attention.start_top_k: a schedule needs one number as top_k")
+        if self.kind != "topk" or not isinstance(self.top_k, int):
+            raise ValueError(
+                "model.attention.start_top_k: a schedule needs kind topk and one number as top_k"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,23 +154,25 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check what the types cannot say."""
-        for name in ("width", "num_heads", "hidden_width", "max_length"):
+        layers = ("encoder_layers", "decoder_layers")
+        for name in ("width", "num_heads", "hidden_width", *layers):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}: must be at least 1, got {getattr(self, name)}")
+        if self.max_length < 2:
+            raise ValueError(f"model.max_length: must be at least 2, got {self.max_length}")
         if self.width % self.num_heads:
             raise ValueError(
                 f"model.num_heads: {self.num_heads} heads do not divide width {self.width}"
             )
-        if min(self.encoder_layers, self.decoder_layers) < 1:
-            raise ValueError("model.encoder_layers, model.decoder_layers: must be at least 1")
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name}: must be in [0, 1), got {getattr(self, name)}")
-        layers = max(self.encoder_layers, self.decoder_layers)
-        top_k = self.attention.top_k
+        top_k, deepest = self.attention.top_k, max(self.encoder_layers, self.decoder_layers)
         if isinstance(top_k, list):
-            if len(top_k) < layers:
-                raise ValueError(f"model.attention.top_k: {len(top_k)} entries for {layers} layers")
+            if len(top_k) < deepest:
+                raise ValueError(
+                    f"model.attention.top_k: {len(top_k)} entries for {deepest} layers"
+                )
             for row in top_k:
                 if isinstance(row, list) and len(row) != self.num_heads:
                     raise ValueError(
@@ -184,5 +207,10 @@ class DecodeConfig:
         for name in ("beam", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"decode.{name}: must be at least 1, got {getattr(self, name)}")
-        if self.max_length_factor < 0 or self.max_length_constant < 1:
-            raise ValueError("decode.max_length_factor, decode.max_length_constant: too small")
+        for name, least in (("max_length_factor", 0), ("max_length_constant", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(
+                    f"decode.{name}: must be at least {least}, got {getattr(self, name)}"
+                )
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"decode.alpha: must be a number, got {self.alpha}")
