@@ -108,6 +108,8 @@ def attend_factory(config: AttentionConfig) -> AttendFactory:
         if site not in config.sites:
             return dense_attention
         sparse = _KINDS[config.kind](config, layer)
+        if sparse is dense_attention:
+            return sparse
         if config.phase == "train":
             return selection.PhaseSwitch(train=sparse, predict=dense_attention)
         if config.phase == "predict":
@@ -119,8 +121,6 @@ def attend_factory(config: AttentionConfig) -> AttendFactory:
 
 def _top_k(config: AttentionConfig, layer: int) -> int | Tensor:
     """K of one layer: a number, or one per head as (H, 1)."""
-    if config.start_top_k is not None:
-        return config.start_top_k
     top_k = config.top_k[layer] if isinstance(config.top_k, list) else config.top_k
     return torch.tensor(top_k)[:, None] if isinstance(top_k, list) else top_k
 
@@ -128,7 +128,7 @@ def _top_k(config: AttentionConfig, layer: int) -> int | Tensor:
 def _after_scores(normalise: Callable[..., Tensor]) -> Callable[[AttentionConfig, int], Attend]:
     """A rule on score matrices as an attention with the k of its layer."""
     return lambda config, layer: selection.attention_with(
-        partial(normalise, top_k=_top_k(config, layer))
+        partial(normalise, top_k=_top_k(config, layer), ties=config.ties)
     )
 
 
@@ -141,8 +141,7 @@ def _pattern(choose: Callable[..., Tensor]) -> Callable[[AttentionConfig, int], 
 
 def _one_number(config: AttentionConfig, layer: int) -> int:
     top_k = _top_k(config, layer)
-    if isinstance(top_k, Tensor):
-        raise ValueError(f"model.attention.top_k: {config.kind} takes no k per head")
+    assert isinstance(top_k, int)  # as the configuration checks
     return top_k
 
 
