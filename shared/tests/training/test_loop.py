@@ -33,6 +33,9 @@ COMMON: dict[str, Any] = {
     "save_every": 3,
     "clip_norm": 1.0,
 }
+ADAMW = {"optimizer": "adamw", "weight_decay": 0.1}
+SGD = {"optimizer": "sgd", "momentum": 0.9}
+ADAGRAD = {"optimizer": "adagrad"}
 
 
 def losses(run: Run) -> list[float]:
@@ -75,8 +78,15 @@ def test_losses_do_not_depend_on_the_number_of_processes(
         {**COMMON, "run": half.path, "accumulate": 2, "parallel": "ddp"},
         {**COMMON, "run": tmp_path / "begun", "accumulate": 2, "parallel": "fsdp", "steps": 3},
     ]
+    others = {"adamw": ADAMW, "sgd": SGD, "adagrad": ADAGRAD}
+    for name, other in others.items():
+        two = {**COMMON, **other, "accumulate": 2, "parallel": "fsdp"}
+        settings.append({**two, "run": tmp_path / name})
     run_jobs(settings, processes=2)
     train(toy, tmp_path / "begun", accumulate=4)
+    for name, other in others.items():
+        alone = train(toy, tmp_path / f"one_{name}", accumulate=4, **other)
+        np.testing.assert_allclose(losses(Run(tmp_path / name)), losses(alone), rtol=0, atol=1e-6)
     expected = losses(reference)
     assert len(expected) == 6
     assert max(expected) - min(expected) > 0.1, "nothing was learnt, so nothing was compared"
