@@ -7,7 +7,8 @@ Shapes: B streams, T positions of a block, L maximal span, M model width.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,9 @@ class LanguageModelConfig:
 
     block: int = 512
     """Characters T that a stream advances in one step."""
+
+    valid_characters: int = 0
+    """Characters of the validation part that are read during training; 0 reads all."""
 
     micro_batches: int = 1
     """Parts that the streams of a step are read in: ``train.accumulate`` times the processes."""
@@ -235,8 +239,9 @@ def train_lm(
     def evaluate(network: nn.Module) -> dict[str, float]:
         # Called after an update and before the spans are brought back to their range.
         model.clamp_spans()
-        blocks = reading_blocks(characters.valid, config.streams, config.block)
-        return {**language_model_loss(network, blocks), **span_statistics(model)}
+        symbols = characters.valid[: config.valid_characters or None]
+        blocks = reading_blocks(symbols, config.streams, config.block)
+        return {**language_model_loss(model, blocks), **span_statistics(model)}
 
     return fit(
         model,
@@ -348,15 +353,17 @@ _NO_TARGET = -100
 
 
 @torch.no_grad()
-def language_model_sums(network: nn.Module, blocks: Iterator[Block]) -> Iterator[tuple[float, int]]:
+def language_model_sums(
+    model: SpanLanguageModel, blocks: Iterable[Block]
+) -> Iterator[tuple[float, int]]:
     """Summed negative log-likelihood in nats and number of characters of each block."""
-    device = next(network.parameters()).device
+    device = model.key_positions.device
     caches: list[Tensor] = []
     for batch in blocks:
         tokens, targets = batch.tokens.to(device), batch.targets.to(device)
         if batch.is_first:
-            caches = network.start(len(tokens))
-        logits, caches = network(tokens, caches)
+            caches = model.start(len(tokens))
+        logits, caches = model(tokens, caches)
         nll = F.cross_entropy(
             logits.float().flatten(0, 1),
             targets.flatten(),
@@ -366,9 +373,9 @@ def language_model_sums(network: nn.Module, blocks: Iterator[Block]) -> Iterator
         yield nll.item(), int((targets != _NO_TARGET).sum())
 
 
-def language_model_loss(network: nn.Module, blocks: Iterator[Block]) -> dict[str, float]:
+def language_model_loss(model: SpanLanguageModel, blocks: Iterable[Block]) -> dict[str, float]:
     """Negative log-likelihood in nats, and bits, per character."""
-    bits = bits_per_character(language_model_sums(network, blocks)).value
+    bits = bits_per_character(language_model_sums(model, blocks)).value
     return {"loss": bits * math.log(2), "bits_per_character": bits}
 
 
@@ -385,6 +392,7 @@ def evaluate_lm(
     split: Literal["valid", "test"] = "test",
     weights: Path | None = None,
     streams: int | None = None,
+    characters: int | None = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
     """Score a trained language model in bits per character.
@@ -394,6 +402,7 @@ def evaluate_lm(
         split: Part of the text.
         weights: Weights file; default: the best of the run.
         streams: Streams that the text is cut into; each begins without a past. Default: the run's.
+        characters: Score only so many at the beginning of the part; default: all.
         output: File for the scores; default: ``scores.json`` in the run directory.
 
     Returns:
@@ -409,22 +418,26 @@ def evaluate_lm(
         directory.config, {"language_model": LanguageModelConfig, "data": DataConfig}
     )
     config = groups["language_model"]
-    characters = load_characters(groups["data"])
-    if characters.vocabulary_size != config.vocabulary_size:
+    text = load_characters(groups["data"])
+    if text.vocabulary_size != config.vocabulary_size:
         raise ValueError(
             f"{run}: the model has {config.vocabulary_size} symbols, the data "
-            f"{characters.vocabulary_size}; prepare the data as for the training"
+            f"{text.vocabulary_size}; prepare the data as for the training"
         )
     path = weights or directory.best_weights()
     model = build_language_model(config)
     load_weights(model, path)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     model.clamp_spans()
-    blocks = reading_blocks(getattr(characters, split), streams or config.streams, config.block)
-    score = bits_per_character(language_model_sums(model, blocks))
+    symbols = getattr(text, split)[:characters]
+    began = time.perf_counter()
+    score = bits_per_character(
+        language_model_sums(model, reading_blocks(symbols, streams or config.streams, config.block))
+    )
     scores = {
         "split": split,
         "weights": path.name,
+        "seconds": round(time.perf_counter() - began, 2),
         "metrics": {"bits_per_character": score.as_dict()},
         "spans": span_statistics(model),
     }

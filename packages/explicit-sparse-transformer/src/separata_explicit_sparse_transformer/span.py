@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from separata_shared.nn import FeedForward, PostNorm
 from torch import Tensor, nn
 
-from .selection import kept_keys
-
 _TRIM_STEP = 64  # spans are cut in these steps, and caches keep one step more than is in use
 
 
@@ -85,9 +83,10 @@ class AdaptiveSpan(nn.Module):
         """Shorten, select and renormalise weights ``(B, H, T, L)``, or a shorter last part of L."""
         weights = weights * self.mask(weights.shape[-1])
         top_k = self.top_k(weights.shape[-1])
-        if top_k is not None:
+        if top_k is not None and top_k < weights.shape[-1]:
             # With fewer than k positive weights the threshold is 0 and nothing is removed.
-            weights = weights.masked_fill(~kept_keys(weights, top_k), 0.0)
+            threshold = weights.detach().topk(top_k, dim=-1).values[..., -1:]
+            weights = weights.masked_fill(weights < threshold, 0.0)
         return weights / (weights.sum(dim=-1, keepdim=True) + 1e-8)
 
     def loss(self) -> Tensor:
