@@ -12,7 +12,7 @@ FIELDS = {
     "hardware", "hours", "weights", "note",
 }  # fmt: skip
 STATUS = {"reproduced", "partial", "not run", "not reproducible"}
-TEXT_METRICS = re.compile(r"bleu|chrf|ter\b", re.IGNORECASE)
+TEXT_METRICS = re.compile(r"bleu|chrf|\bter\b", re.IGNORECASE)
 
 
 def records(package):
