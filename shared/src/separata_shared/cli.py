@@ -186,7 +186,7 @@ def _settings(
             raise ValueError(f"{path}: unknown key {key!r}")
     types = get_type_hints(function)
     for key in settings.keys() & own.keys():
-        if is_dataclass(types[key]) and not isinstance(settings[key], dict):
+        if is_dataclass(types.get(key)) and not isinstance(settings[key], dict):
             raise ValueError(f"{path}: {key}: must hold settings, not {settings[key]!r}")
     return {key: value for key, value in settings.items() if key in own}
 

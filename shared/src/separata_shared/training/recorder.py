@@ -142,18 +142,17 @@ class Recorder:
             + "  ".join(f"{name} {number:.4g}" for name, number in values.items())
         )
         self.save_weights(progress, model)
-        self._restart()
 
     def save_weights(self, progress: Progress, model: nn.Module) -> None:
         """Write the model's weights and delete those that are no longer wanted."""
         state = full_state(model)
-        if not self.world.is_main:
-            return
-        save_weights(self.run.weights / f"{step_name(progress.step)}.safetensors", state)
-        if progress.best_step:
-            best = {"step": progress.best_step, self.config.monitor: progress.best}
-            write_json(self.run.best, best)
-        self.run.prune(self.config.keep, protected=progress.best_step)
+        if self.world.is_main:
+            save_weights(self.run.weights / f"{step_name(progress.step)}.safetensors", state)
+            if progress.best_step:
+                best = {"step": progress.best_step, self.config.monitor: progress.best}
+                write_json(self.run.best, best)
+            self.run.prune(self.config.keep, protected=progress.best_step)
+        self._restart()  # the time this took is no time of training
 
     def _write(self, kind: str, progress: Progress, values: dict[str, float]) -> None:
         if self.world.is_main:
