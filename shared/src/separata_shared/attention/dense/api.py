@@ -7,7 +7,7 @@ from torch import Tensor
 
 from separata_shared.attention import _select
 from separata_shared.attention._inputs import check_inputs
-from separata_shared.attention.dense import reference, sdpa
+from separata_shared.attention.dense import eager, reference, sdpa
 
 
 def dense_attention(
@@ -19,7 +19,7 @@ def dense_attention(
     bias: Tensor | None = None,
     causal: bool = False,
     dropout: float = 0.0,
-    impl: Literal["auto", "reference", "sdpa"] = "auto",
+    impl: Literal["auto", "reference", "eager", "sdpa"] = "auto",
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over all allowed keys.
@@ -53,7 +53,7 @@ def dense_attention(
     if impl == "auto":
         name = _select.dense(
             device=query.device.type,
-            target=query.shape[2],
+            dtype=value.dtype,
             source=key.shape[2],
             return_weights=return_weights,
         )
@@ -63,10 +63,12 @@ def dense_attention(
                 query, key, value, mask=mask, bias=bias, causal=causal, dropout=dropout
             )
             return (output, weights) if return_weights else output
-        if name == "sdpa":
-            if reason := sdpa.supports(return_weights=return_weights):
-                raise ValueError(f"impl 'sdpa' cannot serve this call: {reason}")
-            return sdpa.attend(
-                query, key, value, mask=mask, bias=bias, causal=causal, dropout=dropout
-            )
-    raise ValueError(f"impl must be 'auto', 'reference' or 'sdpa', not {impl!r}")
+        if name not in ("eager", "sdpa"):
+            raise ValueError(f"impl must be 'auto', 'reference', 'eager' or 'sdpa', not {impl!r}")
+        implementation = eager if name == "eager" else sdpa
+        if reason := implementation.supports(return_weights=return_weights):
+            raise ValueError(f"impl {name!r} cannot serve this call: {reason}")
+        result: Tensor = implementation.attend(
+            query, key, value, mask=mask, bias=bias, causal=causal, dropout=dropout
+        )
+        return result

@@ -1,15 +1,16 @@
 """Top-k attention: the contract, validation and the choice of an implementation."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from separata_shared.attention import _select
 from separata_shared.attention._inputs import allowed_keys, check_broadcast, check_inputs
 from separata_shared.attention.dense import dense_attention
-from separata_shared.attention.topk import reference
+from separata_shared.attention.topk import blocked, eager, reference
 
 
 def topk_attention(
@@ -25,7 +26,7 @@ def topk_attention(
     causal: bool = False,
     ties: Literal["keep", "exact"] = "keep",
     dropout: float = 0.0,
-    impl: Literal["auto", "reference"] = "auto",
+    impl: Literal["auto", "reference", "eager", "blocked"] = "auto",
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the k highest-scoring allowed keys of each query.
@@ -69,19 +70,12 @@ def topk_attention(
     check_inputs(query, key, value, mask=mask, bias=bias, dropout=dropout)
     if ties not in ("keep", "exact"):
         raise ValueError(f"ties must be 'keep' or 'exact', not {ties!r}")
-    batch, num_heads, target = query.shape[:3]
+    k, most_keys = rows_top_k(
+        query, key, top_k=top_k, ratio=ratio, min_keys=min_keys, mask=mask, causal=causal
+    )
     source = key.shape[2]
-    if (top_k is None) == (ratio is None):
-        raise ValueError("exactly one of top_k and ratio must be given")
-    if ratio is not None:
-        allowed = count_allowed(
-            mask, causal=causal, target=target, source=source, device=query.device
-        )
-        k = keys_of_ratio(allowed, ratio, min_keys)
-    else:
-        assert top_k is not None
-        k = check_top_k(top_k, (batch, num_heads, target))
-    if source == 0 or (impl == "auto" and isinstance(k, int) and k >= source):
+    dense = impl == "auto" and isinstance(k, int) and k >= source
+    if dense or source == 0 or query.numel() == 0:
         return dense_attention(
             query,
             key,
@@ -92,24 +86,63 @@ def topk_attention(
             dropout=dropout,
             return_weights=return_weights,
         )
+    reason = blocked.supports(
+        rows=query[..., 0].numel(),
+        keys=key[..., 0].numel(),
+        most_keys=source if most_keys is None else min(most_keys, source),
+        return_weights=return_weights,
+    )
     name: str = impl
     if impl == "auto":
-        name = _select.topk(device=query.device.type)
+        name = _select.topk(
+            device=query.device.type, source=source, most_keys=most_keys, reason=reason
+        )
+    options: dict[str, Any] = {"mask": mask, "bias": bias, "causal": causal}
+    options |= {"ties": ties, "dropout": dropout}
     with torch.autocast(query.device.type, enabled=False):
-        if name == "reference":
-            output, weights = reference.attend(
-                query,
-                key,
-                value,
-                k,
-                mask=mask,
-                bias=bias,
-                causal=causal,
-                ties=ties,
-                dropout=dropout,
+        if name == "blocked":
+            if reason:
+                raise ValueError(f"impl 'blocked' cannot serve this call: {reason}")
+            return blocked.attend(query, key, value, k, **options)
+        implementation = {"reference": reference, "eager": eager}.get(name)
+        if implementation is None:
+            raise ValueError(
+                f"impl must be 'auto', 'reference', 'eager' or 'blocked', not {impl!r}"
             )
-            return (output, weights) if return_weights else output
-    raise ValueError(f"impl must be 'auto' or 'reference', not {impl!r}")
+        output, weights = implementation.attend(query, key, value, k, **options)
+    return (output, weights) if return_weights else output
+
+
+def rows_top_k(
+    query: Tensor,
+    key: Tensor,
+    *,
+    top_k: int | Tensor | None,
+    ratio: float | None,
+    min_keys: int,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[int | Tensor, int | None]:
+    """The k of each row, broadcastable to ``(B, H, T)``, and its maximum where that is known."""
+    source = key.shape[2]
+    if (top_k is None) == (ratio is None):
+        raise ValueError("exactly one of top_k and ratio must be given")
+    if ratio is None:
+        assert top_k is not None
+        k = check_top_k(top_k, (query.shape[0], query.shape[1], query.shape[2]))
+        return k, k if isinstance(k, int) else None
+    if not ratio > 0.0:
+        raise ValueError(f"ratio must be positive, not {ratio}")
+    if min_keys < 1:
+        raise ValueError(f"min_keys must be at least 1, not {min_keys}")
+    most_keys = max(math.ceil(source / ratio), min_keys)
+    if mask is None and not causal:
+        return most_keys, most_keys
+    allowed = count_allowed(
+        mask, causal=causal, target=query.shape[2], source=source, device=query.device
+    )
+    # float64 divides exactly where the quotient is whole
+    return (allowed.double() / ratio).ceil().long().clamp(min=min_keys), most_keys
 
 
 def check_top_k(top_k: int | Tensor, rows: tuple[int, int, int]) -> int | Tensor:
@@ -132,29 +165,17 @@ def check_top_k(top_k: int | Tensor, rows: tuple[int, int, int]) -> int | Tensor
 
 def count_allowed(
     mask: Tensor | None, *, causal: bool, target: int, source: int, device: torch.device
-) -> int | Tensor:
-    """Number of keys each row may attend: one number, or broadcastable to ``(B, H, T)``."""
+) -> Tensor:
+    """Number of keys each row may attend, broadcastable to ``(B, H, T)``."""
     if mask is None:
-        if not causal:
-            return source
-        rows = torch.arange(target, device=device) + (source - target + 1)
-        return rows.clamp(min=0)
+        return torch.arange(source - target + 1, source + 1, device=device).clamp(min=0)
     if mask.dim() == 0 or mask.shape[-1] != source:
         mask = mask.expand(*mask.shape[:-1], source)
-    if causal and mask.shape[-1] == source:
-        allowed = allowed_keys(mask, causal=True, target=target, source=source, device=device)
-        assert allowed is not None
-        return allowed.sum(dim=-1)
-    return mask.sum(dim=-1)
-
-
-def keys_of_ratio(allowed: int | Tensor, ratio: float, min_keys: int) -> int | Tensor:
-    """The rule ``k = max(ceil(n / ratio), min_keys)``."""
-    if not ratio > 0.0:
-        raise ValueError(f"ratio must be positive, not {ratio}")
-    if min_keys < 1:
-        raise ValueError(f"min_keys must be at least 1, not {min_keys}")
-    if isinstance(allowed, int):
-        return max(math.ceil(allowed / ratio), min_keys)
-    # float64 divides whole numbers of this size exactly where the quotient is whole
-    return (allowed.double() / ratio).ceil().long().clamp(min=min_keys)
+    if causal and (mask.dim() == 1 or mask.shape[-2] == 1):
+        # Keys are counted once and read at the last one of each row: no (T, S) mask.
+        count = F.pad(mask.cumsum(dim=-1), (1, 0))
+        last = torch.arange(source - target + 1, source + 1, device=device).clamp(min=0)
+        return (count if mask.dim() == 1 else count.squeeze(-2)).index_select(-1, last)
+    allowed = allowed_keys(mask, causal=causal, target=target, source=source, device=device)
+    assert allowed is not None
+    return allowed.sum(dim=-1)
