@@ -120,6 +120,8 @@ def generate(
     Raises:
         ValueError: The run or the input cannot be read, or a sentence is too long.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: must be at least 1, got {limit}")
     trained = with_search(load_run(run, weights=weights), beam=beam, alpha=alpha)
     name = str(input or "standard input")
     lines = (read_lines(input) if input else _standard_input())[:limit]

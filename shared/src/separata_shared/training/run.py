@@ -101,10 +101,13 @@ class Run:
         """Weights of the best evaluation; the newest ones when there was no evaluation.
 
         Raises:
-            ValueError: The directory has no weights.
+            ValueError: The directory has no weights, or its record of the best step is damaged.
         """
         if self.best.exists():
-            path = self.weights / f"{step_name(read_json(self.best)['step'])}.safetensors"
+            best = read_json(self.best)
+            if not isinstance(best, dict) or not isinstance(best.get("step"), int):
+                raise ValueError(f"{self.best}: names no step; delete it to use the newest weights")
+            path = self.weights / f"{step_name(best['step'])}.safetensors"
             if path.exists():
                 return path
         files = self.weight_files()
