@@ -143,6 +143,16 @@ def test_ratio_keeps_a_share_of_the_valid_keys() -> None:
     assert ((weights > 0).sum(dim=-1)[1] == 2).all()
 
 
+def test_every_head_may_keep_its_own_number_of_keys() -> None:
+    module = TopKMultiheadAttention(8, 2, top_k=torch.tensor([[1], [4]]), batch_first=True)
+    x = torch.randn(3, 6, 8)
+    _, weights = module(x, x, x, average_attn_weights=False)
+    assert ((weights > 0).sum(dim=-1) == torch.tensor([[1], [4]])).all()
+    module.selection["top_k"] = 2  # of a schedule, say
+    _, weights = module(x, x, x, average_attn_weights=False)
+    assert ((weights > 0).sum(dim=-1) == 2).all()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_torchs_encoder_layer_uses_it_and_not_its_fused_dense_attention(training: bool) -> None:
     torch.manual_seed(0)

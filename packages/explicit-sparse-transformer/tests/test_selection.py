@@ -82,7 +82,7 @@ def test_topk_softmax_is_the_dense_softmax_renormalised_on_the_k_best(
 
 @settings(max_examples=30, deadline=None)
 @given(size=st.integers(2, 9), seed=seeds)
-def test_supports_are_nested_and_row_constants_and_key_order_do_not_matter(
+def test_supports_are_nested_and_scale_row_constants_and_key_order_do_not_matter(
     size: int, seed: int
 ) -> None:
     scores = scores_of(seed, 2, 4, size)
@@ -90,6 +90,7 @@ def test_supports_are_nested_and_row_constants_and_key_order_do_not_matter(
     assert all(not (a & ~b).any() for a, b in pairwise(supports))
     weights = topk_softmax(scores, 2)
     torch.testing.assert_close(topk_softmax(scores + 5, 2), weights)
+    assert torch.equal(topk_softmax(3 * scores, 2) > 0, weights > 0)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(topk_softmax(scores[..., order], 2), weights[..., order])
 

@@ -39,7 +39,8 @@ class TopKMultiheadAttention(nn.Module):
         kdim: Width of the keys; None for ``embed_dim``.
         vdim: Width of the values; None for ``embed_dim``.
         batch_first: Whether inputs are ``(B, T, M)`` instead of ``(T, B, M)``.
-        **selection: ``top_k`` or ``ratio``, and optionally ``min_keys`` and ``ties``.
+        **selection: ``top_k`` or ``ratio``, and optionally ``min_keys`` and ``ties``. Kept as the
+            attribute ``selection``, which may be changed between calls.
 
     Raises:
         ValueError: The heads do not divide the width, or neither or both of ``top_k`` and

@@ -166,7 +166,8 @@ class SpanAttention(nn.Module):
         content = unskew(query @ key.mT)  # (B, H, T, span)
         position = query @ key_positions[:, -span:]
         scores = (content + position) / math.sqrt(query.shape[-1])
-        weights = self.dropout(self.span(scores.float().softmax(dim=-1)))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        weights = self.dropout(self.span(scores.softmax(dim=-1)))
         output = skew(weights.to(value.dtype)) @ value
         projected: Tensor = self.out_proj(output.transpose(1, 2).flatten(2))
         return projected
