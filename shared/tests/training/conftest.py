@@ -69,7 +69,7 @@ def run_jobs(launch: Launch, tmp_path: Path) -> Callable[..., None]:
         file = tmp_path / "jobs.json"
         file.write_text(json.dumps([{**each, "run": str(each["run"])} for each in settings]))
         started = launch("jobs", "--file", str(file), processes=processes)
-        ended = [process.communicate(timeout=120) for process in started]
+        ended = [process.communicate(timeout=300) for process in started]
         for process, (_, messages) in zip(started, ended, strict=True):
             assert process.returncode == 0, messages
 

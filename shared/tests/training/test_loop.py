@@ -137,7 +137,7 @@ def test_the_callers_random_state_is_given_back(toy: ModuleType, tmp_path: Path)
 
 def lines_written(run: Run, process: subprocess.Popen[str], count: int) -> None:
     """Wait until the process has recorded so many steps."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if run.metrics.exists() and run.metrics.read_text().count("\n") >= count:
             return
@@ -184,7 +184,7 @@ def test_signal_saves_and_ends_cleanly(
     lines_written(run, started[0], 5)
     for process in started:
         process.send_signal(signum)
-    messages = [process.communicate(timeout=60)[1] for process in started]
+    messages = [process.communicate(timeout=300)[1] for process in started]
     assert [process.returncode for process in started] == [status] * processes
     assert "stopped at step" in messages[0]
     assert "Traceback" not in "".join(messages)
@@ -240,6 +240,24 @@ def test_loss_or_gradient_that_is_not_finite_stops_before_saving(
         fit(toy.build(), toy.batches, poisoned, config=config, run=run, evaluate=toy.evaluate)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step_0000003"]
     assert [path.name for path in run.weight_files()] == ["step_0000003.safetensors"]
+
+
+def test_evaluation_must_give_the_monitored_number(toy: ModuleType, tmp_path: Path) -> None:
+    for values, message in (
+        ({"bleu": 3.0}, r"train\.monitor: 'loss' is not evaluated; there are bleu"),
+        ({"loss": float("nan")}, "step 6: loss of the evaluation is not a number"),
+    ):
+        run = Run(tmp_path / next(iter(values)))
+        with pytest.raises(ValueError, match=message):
+            fit(
+                toy.build(),
+                toy.batches,
+                toy.step,
+                config=TrainConfig(**COMMON),
+                run=run,
+                evaluate=lambda model, values=values: values,
+            )
+        assert [path.name for path in run.checkpoints.iterdir()] == ["step_0000003"]
 
 
 def test_epochs_follow_each_other_without_loss_or_repetition(

@@ -110,10 +110,12 @@ def fit(
                     values = evaluate(model)
                 recorder.judge(values, progress, model)
             if signum or due(config.save_every):
+                # Weights first: a run whose last checkpoint stands is complete.
+                recorder.save_weights(progress, model)
                 checkpoint.save(
                     run.checkpoints, model, optimizer, progress, world, seed=config.seed
                 )
-                recorder.save_weights(progress, model)
+                recorder.tidy(progress)
             if signum and progress.step < config.steps:
                 raise Interrupted(
                     f"stopped at step {progress.step}; the same command goes on from there", signum

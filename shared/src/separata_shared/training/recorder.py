@@ -1,5 +1,6 @@
 """What a run shows and writes while it trains: progress, metrics, weights, the best step."""
 
+import math
 import sys
 import time
 
@@ -35,6 +36,7 @@ class Recorder:
         )
         # First step whose loss or gradient was not finite; on the device until looked at.
         self._failed = torch.zeros((), dtype=torch.float64, device=world.device)
+        self._saved_step = 0
         self._began = time.perf_counter()
         self._restart()
 
@@ -124,13 +126,15 @@ class Recorder:
         """Record an evaluation and keep its weights if they are the best so far.
 
         Raises:
-            ValueError: The monitored number is not among ``values``.
+            ValueError: The monitored number is not among ``values``, or is not a number.
         """
         monitor = self.config.monitor
         if monitor not in values:
             raise ValueError(
                 f"train.monitor: {monitor!r} is not evaluated; there are {', '.join(values)}"
             )
+        if math.isnan(values[monitor]):
+            raise ValueError(f"step {progress.step}: {monitor} of the evaluation is not a number")
         self._write("evaluate", progress, values)
         self.metrics |= {f"evaluate/{name}": value for name, value in values.items()}
         sign = 1 if self.config.monitor_mode == "min" else -1
@@ -142,17 +146,25 @@ class Recorder:
             + "  ".join(f"{name} {number:.4g}" for name, number in values.items())
         )
         self.save_weights(progress, model)
+        self.tidy(progress)
 
     def save_weights(self, progress: Progress, model: nn.Module) -> None:
-        """Write the model's weights and delete those that are no longer wanted."""
+        """Write the model's weights, unless those of this step are written."""
+        if self._saved_step == progress.step:
+            return
         state = full_state(model)
         if self.world.is_main:
             save_weights(self.run.weights / f"{step_name(progress.step)}.safetensors", state)
             if progress.best_step:
                 best = {"step": progress.best_step, self.config.monitor: progress.best}
                 write_json(self.run.best, best)
+        self._saved_step = progress.step
+
+    def tidy(self, progress: Progress) -> None:
+        """Delete what is no longer wanted, and begin to measure anew."""
+        if self.world.is_main:
             self.run.prune(self.config.keep, protected=progress.best_step)
-        self._restart()  # the time this took is no time of training
+        self._restart()
 
     def _write(self, kind: str, progress: Progress, values: dict[str, float]) -> None:
         if self.world.is_main:
