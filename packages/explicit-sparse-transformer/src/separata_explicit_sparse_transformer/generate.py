@@ -153,20 +153,29 @@ def translate_lines(
         ValueError: A line has more tokens than the model has positions; the message names it.
     """
     filled = [number for number, line in enumerate(lines) if line.strip()]
-    sources = []
-    for number in filled:
-        line = lines[number].lower() if trained.data.lowercased else lines[number]
-        tokens = trained.source_vocabulary.encode(line)
-        if len(tokens) > trained.model.max_length:
-            raise ValueError(
-                f"{name}: line {number + 1} has {len(tokens)} tokens, more than the "
-                f"{trained.model.max_length} positions of the model; split the sentence"
-            )
-        sources.append(torch.from_numpy(tokens).long())
+    sources = [
+        encode_line(trained, lines[number], name=f"{name}: line {number + 1}") for number in filled
+    ]
     translations = [""] * len(lines)
     for number, hypotheses in zip(filled, translate(trained, sources), strict=True):
         translations[number] = trained.target_vocabulary.decode(hypotheses[0].tokens.tolist())
     return translations
+
+
+def encode_line(trained: TrainedModel, line: str, *, name: str) -> Tensor:
+    """Source tokens (S) of a line of text.
+
+    Raises:
+        ValueError: It has more tokens than the model has positions; the message begins with
+            ``name``.
+    """
+    tokens = trained.source_vocabulary.encode(line.lower() if trained.data.lowercased else line)
+    if len(tokens) > trained.model.max_length:
+        raise ValueError(
+            f"{name} has {len(tokens)} tokens, more than the {trained.model.max_length} positions "
+            "of the model; split the sentence"
+        )
+    return torch.from_numpy(tokens).long()
 
 
 @torch.inference_mode()

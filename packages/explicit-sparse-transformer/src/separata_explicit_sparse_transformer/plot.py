@@ -13,7 +13,7 @@ from separata_shared.nn import record_attention
 from torch import Tensor
 
 from .data import Split, load
-from .generate import TrainedModel, load_run, translate
+from .generate import TrainedModel, encode_line, load_run, translate
 from .model import ExplicitSparseTransformer
 
 Maps = dict[str, NDArray[np.float32]]
@@ -41,7 +41,7 @@ def plot_attention(
         run: Run directory of ``train``.
         sentence: Source sentence; default: the first test sentence of 8 to 20 tokens.
         output: Directory for the files; default: the run directory.
-        weights: Weights file; default: the newest of the run.
+        weights: Weights file; default: the best of the run.
         head: Head to draw; default: the mean over the heads.
         word: Position of the target word in ``word.png``, from 0; default: the middle one.
 
@@ -49,26 +49,28 @@ def plot_attention(
         The numbers of ``attention.json``.
 
     Raises:
-        ValueError: The run cannot be read, the head does not exist, or matplotlib is missing.
+        ValueError: The run cannot be read, the head or the word does not exist, the sentence is too
+            long, or matplotlib is missing.
     """
+    pyplot()  # missing, it should be missed before anything is written
     trained = load_run(run, weights=weights)
+    num_heads = trained.model.num_heads
+    if head is not None and not 0 <= head < num_heads:
+        raise ValueError(f"head: {head} does not exist, the model has heads 0 to {num_heads - 1}")
     every_key = replace(trained.model, attention=replace(trained.model.attention, sites=[]))
     source, target = _pair(trained, sentence)
+    place = (len(target) - 1) // 2 if word is None else word
+    if not 0 <= place < len(target):
+        raise ValueError(f"word: {place} does not exist, the target has {len(target)} tokens")
     sparse = attention_maps(trained.network, source, target)
     dense = attention_maps(
         load_run(run, weights=trained.weights, model=every_key).network, source, target
     )
-    num_heads = trained.model.num_heads
-    if head is not None and not 0 <= head < num_heads:
-        raise ValueError(f"head: {head} does not exist, the model has heads 0 to {num_heads - 1}")
     report = {
         "source": _pieces(trained.source_vocabulary.pieces, source),
         "target": _pieces(trained.target_vocabulary.pieces, target),
         "attentions": {name: _statistics(sparse[name], dense[name]) for name in sparse},
     }
-    place = (len(target) - 1) // 2 if word is None else word
-    if not 0 <= place < len(target):
-        raise ValueError(f"word: {place} does not exist, the target has {len(target)} tokens")
     directory = output or run
     write_json(directory / "attention.json", report)
     _draw_maps(sparse, dense, report, head, directory / "attention.png")
@@ -101,7 +103,7 @@ def _pair(trained: TrainedModel, sentence: str | None) -> tuple[Tensor, Tensor]:
     """Source tokens, and the decoder input that is the model's own translation."""
     if sentence is None:
         sentence = _example(load(trained.data).test)
-    source = torch.from_numpy(trained.source_vocabulary.encode(sentence)).long()
+    source = encode_line(trained, sentence, name="sentence")
     hypothesis = translate(trained, [source])[0][0]
     return source, torch.cat([torch.tensor([EOS]), hypothesis.tokens[:-1]])
 

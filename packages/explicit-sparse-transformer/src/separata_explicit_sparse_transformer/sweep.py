@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from separata_shared.files import read_json, write_json
-from separata_shared.training import TrainConfig
+from separata_shared.training import Run, TrainConfig
 
 from .config import AttentionConfig, DecodeConfig, ModelConfig
 from .data import DataConfig
@@ -62,6 +62,7 @@ def sweep_k(
     Returns:
         One record per setting.
     """
+    pyplot()  # missing, it should be missed before the training
     numbers = top_k or [2, 4, 8, 16]
     settings = {"dense": replace(model.attention, sites=[])}
     settings |= {
@@ -98,6 +99,7 @@ def ablate_phase(
     Returns:
         One record per setting.
     """
+    pyplot()  # missing, it should be missed before the training
     attention = model.attention
     settings = {
         "dense": replace(attention, sites=[]),
@@ -134,12 +136,20 @@ def _runs(
                 label_smoothing=label_smoothing,
                 run=directory,
             )
-            scores = directory / "scores.json"
-            result = read_json(scores) if scores.exists() else evaluate(run=directory)
             series.seeds.append(seed)
-            series.test.append(result["metrics"][METRIC]["value"])
+            series.test.append(_scores(directory)["metrics"][METRIC]["value"])
         all_series.append(series)
     return all_series
+
+
+def _scores(directory: Path) -> dict[str, Any]:
+    """Scores of a run on the test part, made unless those of its best weights are there."""
+    run = Run(directory)
+    scores = read_json(run.scores) if run.scores.exists() else {}
+    wanted = {"split": "test", "weights": run.best_weights().name}
+    if isinstance(scores, dict) and scores.items() >= wanted.items():
+        return scores
+    return evaluate(run=directory)
 
 
 def _report(all_series: list[Series], path: Path) -> list[dict[str, Any]]:
