@@ -68,6 +68,7 @@ def test_only_chosen_attentions_become_sparse() -> None:
     assert len(changed) == 4
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @torch.no_grad()
 def test_torchs_encoder_becomes_sparse_and_keeps_its_parameters() -> None:
     model = torch_encoder()
