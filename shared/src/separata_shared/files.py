@@ -35,6 +35,10 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk is met in the middle of a file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
