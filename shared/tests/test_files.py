@@ -45,8 +45,9 @@ def test_full_disk_keeps_the_old_file(
         monkeypatch.setattr(os, "fsync", full)
     else:
         monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as raised:
         write_text(path, "new")
+    assert raised.value.filename == str(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
