@@ -431,3 +431,11 @@ def test_weights_are_the_softmax_of_the_kept_scores() -> None:
     _, weights = TopKAttention(2)(query, key, key, return_weights=True)
     expected = torch.tensor([0.0, 1 / (1 + math.e), math.e / (1 + math.e)])
     torch.testing.assert_close(weights.flatten(), expected)
+
+
+def test_a_window_of_the_decoder_spends_all_its_keys_on_the_past():
+    model = built(attention_of("window"))
+    with record_attention(model) as weights:
+        model(tokens(1, 9), tokens(1, 9))
+    last_row = weights["decoder.layers.0.self_attention"][0, 0, -1]
+    assert last_row.nonzero().flatten().tolist() == [5, 6, 7, 8]

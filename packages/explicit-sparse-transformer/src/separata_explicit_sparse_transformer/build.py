@@ -107,7 +107,8 @@ def attend_factory(config: AttentionConfig) -> AttendFactory:
     def attend(site: Site, layer: int) -> Attend:
         if site not in config.sites:
             return dense_attention
-        sparse = _KINDS[config.kind](config, layer)
+        kinds = _KINDS | _CAUSAL_KINDS if site == "decoder_self" else _KINDS
+        sparse = kinds[config.kind](config, layer)
         if sparse is dense_attention:
             return sparse
         if config.phase == "train":
@@ -170,4 +171,12 @@ _KINDS: dict[str, Callable[[AttentionConfig, int], Attend]] = {
     "global": _pattern(patterns.global_keys),
     "random": _pattern(patterns.random_keys),
     "big_bird": _pattern(patterns.big_bird),
+}
+
+# Where no query looks ahead, a window centred on the query would waste half of its keys.
+_CAUSAL_KINDS: dict[str, Callable[[AttentionConfig, int], Attend]] = {
+    "out_of_window": lambda config, layer: patterns.out_of_window_attention(
+        _one_number(config, layer), local=patterns.causal_window
+    ),
+    "window": _pattern(patterns.causal_window),
 }
