@@ -1,4 +1,4 @@
-"""What is particular to the blocked implementation: its blocks, groups, kept state and operators."""
+"""What is particular to the blocked implementation: blocks, groups, kept state, operators."""
 
 from collections.abc import Callable
 from functools import partial
