@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import http.client
 import io
 import lzma
 import sys
@@ -99,6 +100,15 @@ def test_a_download_that_breaks_off_leaves_nothing(
     with pytest.raises(ValueError, match="broke off after 4 of 1000 bytes"):
         prepare(data=config(tmp_path, "enwik8"))
     assert not list((tmp_path / "raw").glob("*"))
+
+
+def test_broken_transfer_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def urlopen(*_: object, **__: object) -> None:
+        raise http.client.IncompleteRead(b"half")
+
+    monkeypatch.setattr(preparation.urllib.request, "urlopen", urlopen)
+    with pytest.raises(ValueError, match=r"enwik8\.zip: missing, and .* cannot be fetched"):
+        prepare(data=config(tmp_path, "enwik8"))
 
 
 # ---- IWSLT'14 out of the archive -----------------------------------------------------------------

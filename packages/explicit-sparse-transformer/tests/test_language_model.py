@@ -227,5 +227,13 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
         Blocks(np.arange(20), streams=4, block=5)
     with pytest.raises(ValueError, match="nowhere: not a run"):
         evaluate_lm(run=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"language_model\.valid_characters"):
+        LanguageModelConfig(valid_characters=-1)
+    with pytest.raises(ValueError, match="streams: must be at least 1"):
+        evaluate_lm(run=tmp_path, streams=0)
+    with pytest.raises(ValueError, match="characters: must be at least 1"):
+        evaluate_lm(run=tmp_path, characters=-5)
+    with pytest.raises(ValueError, match="a text of 1 characters has none to predict"):
+        next(reading_blocks(np.arange(1), 2, 16))
     with pytest.raises(ValueError, match=r"data\.dataset"):
         train_lm(language_model=CONFIG, data=DataConfig(dataset="sample"), train=TRAIN)

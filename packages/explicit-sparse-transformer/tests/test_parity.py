@@ -42,6 +42,7 @@ from separata_shared.testing.parity import (
     assert_close,
     assert_same_support,
     load_golden,
+    prefixed,
 )
 from torch import Tensor
 
@@ -69,10 +70,6 @@ def test_golden_is_reproduced(golden_path: Path) -> None:
 def same_weights(actual: Tensor, expected: Tensor, name: str) -> None:
     assert_close(actual, expected, FORWARD, name)
     assert_same_support(actual, expected, name)
-
-
-def prefixed(arrays: Arrays, prefix: str) -> Arrays:
-    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
 
 # fairseq fork: multi-head attention.

@@ -9,6 +9,7 @@ from separata_shared.testing.parity import (
     assert_close,
     assert_same_support,
     load_golden,
+    prefixed,
 )
 
 pytest_plugins = ["pytester"]
@@ -26,7 +27,7 @@ def test_a_golden_file_gives_configuration_and_arrays(tmp_path: Path) -> None:
     golden = load_golden(path)
     assert golden.config == {"top_k": 3}
     assert set(golden.arrays) == {"param_w", "out"}
-    assert golden.prefixed("param_")["w"].tolist() == [1.0, 2.0]
+    assert prefixed(golden.arrays, "param_")["w"].tolist() == [1.0, 2.0]
 
 
 def test_a_json_golden_is_configuration_alone(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from separata_shared.training import (
     TrainConfig,
     TrainResult,
     checkpoint,
+    distributed,
     fit,
     load_weights,
     optim,
@@ -337,3 +338,9 @@ def test_objective_weighs_tokens_not_batches(tmp_path: Path) -> None:
     config = TrainConfig(steps=1, accumulate=2, optimizer="sgd", lr=1.0, device="cpu")
     fit(model, lambda epoch: data, step, config=config, run=Run(tmp_path))
     assert model.weight.item() == pytest.approx(-7 / 4, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "mps:99", "xpu:99", "hpu"])
+def test_device_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"train.device: '{name}' is not available here"):
+        distributed.start(name)

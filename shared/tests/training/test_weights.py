@@ -44,6 +44,20 @@ def test_mismatch_is_named_and_changes_nothing(toy: ModuleType, tmp_path: Path) 
     assert torch.equal(model.embedding.weight, torch.ones_like(model.embedding.weight))
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(
+    toy: ModuleType, tmp_path: Path, number: float
+) -> None:
+    path = tmp_path / "w.safetensors"
+    state = full_state(toy.build())
+    state["embedding.weight"][0, 0] = number
+    save_weights(path, state)
+    with pytest.raises(
+        ValueError, match=r"w\.safetensors: embedding\.weight holds NaN or infinite"
+    ):
+        load_weights(toy.build(), path)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04K\x01."])
 def test_file_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "w.safetensors"

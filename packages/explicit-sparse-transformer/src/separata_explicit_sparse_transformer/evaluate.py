@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from separata_shared.files import write_json, write_text
-from separata_shared.metrics import Score, bleu
+from separata_shared.metrics import Score, bleu, perplexity
 from separata_shared.metrics.bleu import Protocol
 
 from .data import load
@@ -55,10 +55,10 @@ def evaluate(
     hypotheses = translate_lines(trained, part.source_lines, name=f"{split} part")
     seconds = time.perf_counter() - began
     losses = validation_loss(trained.network, part, trained.data.max_tokens)
-    perplexity = Score(losses["perplexity"], "per token", "token-weighted", len(part.target.tokens))
+    tokens = len(part.target.tokens)
     metrics = {
         **score(hypotheses, part.target_lines),
-        "perplexity": perplexity.as_dict(),
+        "perplexity": perplexity([(losses["loss"] * tokens, tokens)]).as_dict(),
         "exact_match": _exact(hypotheses, part.target_lines).as_dict(),
     }
     copied = score(part.source_lines, part.target_lines)

@@ -90,6 +90,11 @@ class LanguageModelConfig:
                 raise ValueError(
                     f"language_model.{name}: must be at least 1, got {getattr(self, name)}"
                 )
+        if self.valid_characters < 0:
+            raise ValueError(
+                "language_model.valid_characters: must not be negative, got "
+                f"{self.valid_characters}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"language_model.top_k: must be at least 1, got {self.top_k}")
         if self.width % self.num_heads:
@@ -338,7 +343,13 @@ def language_model_step(
 
 
 def reading_blocks(symbols: Symbols, streams: int, block: int) -> Iterator[Block]:
-    """Blocks for scoring: streams as even as can be, and no character after the first left out."""
+    """Blocks for scoring: streams as even as can be, and no character after the first left out.
+
+    Raises:
+        ValueError: There is no character to predict.
+    """
+    if len(symbols) < 2:
+        raise ValueError(f"a text of {len(symbols)} characters has none to predict")
     length = math.ceil((len(symbols) - 1) / streams)
     starts = range(0, len(symbols) - 1, length)
     rows = [symbols[start : start + length + 1].astype(np.int64) for start in starts]
@@ -409,8 +420,11 @@ def evaluate_lm(
         What was written to the file.
 
     Raises:
-        ValueError: The run or its data cannot be read.
+        ValueError: The run or its data cannot be read, or there is nothing to score.
     """
+    for name, number in (("streams", streams), ("characters", characters)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}: must be at least 1, got {number}")
     directory = Run(run)
     if not directory.config.exists():
         raise ValueError(f"{run}: not a run directory; train one first")

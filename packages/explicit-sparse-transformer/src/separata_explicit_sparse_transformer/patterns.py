@@ -14,7 +14,6 @@ self-attention; only ``out_of_window_attention`` with a window of its own makes 
 Shapes: B batch, H heads, T queries, S keys, D width per head.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -22,7 +21,7 @@ import torch
 from separata_shared.attention import Attend
 from torch import Tensor
 
-from .selection import attention_with, kept_keys, masked_softmax
+from .selection import allowed_keys, attention_with, kept_keys, masked_softmax
 
 Pattern = Callable[[Tensor], Tensor]
 """From the allowed keys ``(..., T, S)`` to the kept ones."""
@@ -177,20 +176,15 @@ def out_of_window_attention(top_k: int, *, local: Callable[..., Tensor] = window
 
 
 def _pattern_softmax(scores: Tensor, *, mask: Tensor | None, pattern: Pattern) -> Tensor:
-    return masked_softmax(scores, pattern(_allowed(scores, mask)))
+    return masked_softmax(scores, pattern(allowed_keys(scores, mask)))
 
 
 def _out_of_window_softmax(
     scores: Tensor, *, mask: Tensor | None, local: Pattern, top_k: int
 ) -> Tensor:
-    allowed = _allowed(scores, mask)
+    allowed = allowed_keys(scores, mask)
     nearby = local(allowed)
     return masked_softmax(scores, nearby | kept_keys(scores, top_k, mask=allowed & ~nearby))
-
-
-def _allowed(scores: Tensor, mask: Tensor | None) -> Tensor:
-    allowed = scores.detach() != -math.inf
-    return allowed if mask is None else allowed & mask
 
 
 def _positions(allowed: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The command ``prepare``: from raw files to the directory that ``load`` reads."""
 
 import hashlib
+import http.client
 import shutil
 import urllib.error
 import urllib.request
@@ -184,7 +185,12 @@ def _download(url: str, raw: Path, name: str) -> None:
             announced = answer.headers.get("Content-Length")
             if announced and file.tell() != int(announced):
                 raise ConnectionError(f"broke off after {file.tell()} of {announced} bytes")
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        TimeoutError,
+        ConnectionError,
+    ) as error:
         raise ValueError(
             f"{path}: missing, and {url} cannot be fetched ({error}); put the file there"
         ) from None

@@ -109,7 +109,7 @@ def straight_through_topk_softmax(
     Returns:
         Weights ``(..., T, S)``, equal to those of ``topk_softmax``.
     """
-    dense = masked_softmax(scores, _allowed(scores, mask))
+    dense = masked_softmax(scores, allowed_keys(scores, mask))
     sparse = topk_softmax(scores, top_k, mask=mask, ties=ties)
     return sparse.detach() + (dense - dense.detach())
 
@@ -131,7 +131,7 @@ def softmax_topk(
     Returns:
         Weights ``(..., T, S)``.
     """
-    dense = masked_softmax(scores, _allowed(scores, mask))
+    dense = masked_softmax(scores, allowed_keys(scores, mask))
     return dense.masked_fill(~kept_keys(dense, top_k, mask=mask, ties=ties), 0.0)
 
 
@@ -152,7 +152,7 @@ def softmax_topk_softmax(
     Returns:
         Weights ``(..., T, S)``.
     """
-    dense = masked_softmax(scores, _allowed(scores, mask))
+    dense = masked_softmax(scores, allowed_keys(scores, mask))
     return masked_softmax(dense, kept_keys(dense, top_k, mask=mask, ties=ties))
 
 
@@ -251,7 +251,7 @@ def entmax15(scores: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
 
 def _projection(project: Callable[..., Tensor], scores: Tensor, mask: Tensor | None) -> Tensor:
-    allowed = _allowed(scores, mask)
+    allowed = allowed_keys(scores, mask)
     exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
     # The library fails on a row of -inf only; such a row is computed on zeros and then emptied.
     exact = exact.masked_fill(~allowed & allowed.any(dim=-1, keepdim=True), -math.inf)
@@ -259,7 +259,8 @@ def _projection(project: Callable[..., Tensor], scores: Tensor, mask: Tensor | N
     return project(exact, dim=-1).masked_fill(~allowed, 0.0).to(scores.dtype)
 
 
-def _allowed(scores: Tensor, mask: Tensor | None) -> Tensor:
+def allowed_keys(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Keys of each row that the mask and scores of ``-inf`` leave, boolean ``(..., T, S)``."""
     allowed = scores.detach() != -math.inf
     return allowed if mask is None else allowed & mask
 

@@ -20,7 +20,7 @@ METRIC = "bleu_detokenised"
 
 @dataclass(frozen=True)
 class Series:
-    """Scores of one setting over its seeds, on validation and test."""
+    """Scores of one setting on the test part, over its seeds."""
 
     label: str
     """The setting."""

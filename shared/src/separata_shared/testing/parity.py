@@ -40,13 +40,14 @@ class Golden:
     config: dict[str, Any]
     arrays: dict[str, Tensor]
 
-    def prefixed(self, prefix: str) -> dict[str, Tensor]:
-        """The arrays whose names begin with ``prefix``, without it."""
-        return {
-            name.removeprefix(prefix): array
-            for name, array in self.arrays.items()
-            if name.startswith(prefix)
-        }
+
+def prefixed(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The arrays whose names begin with ``prefix``, named without it."""
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
 
 
 def load_golden(path: Path) -> Golden:

@@ -41,11 +41,14 @@ def start(device: str = "auto") -> World:
         chosen = torch.device(name)
     except RuntimeError:
         raise ValueError(f"train.device: {device!r} is not a device") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train.device: {device!r} is not available here; use cpu")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, ImportError):
+        # What torch raises depends on the kind of device that it was built without.
+        raise ValueError(f"train.device: {device!r} is not available here; use cpu") from None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size == 1:

@@ -61,7 +61,8 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
         path: File that ``fit`` or ``save_weights`` wrote.
 
     Raises:
-        ValueError: A tensor is missing, unknown or of another shape; the message names it.
+        ValueError: A tensor is missing, unknown, of another shape or not finite; the message
+            names it.
     """
     state = read_weights(path)
     own = model.state_dict()
@@ -73,6 +74,8 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
                 f"{path}: {name} has shape {tuple(state[name].shape)}, "
                 f"the model needs {tuple(own[name].shape)}"
             )
+        if not state[name].isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite numbers")
     present = {_identity(own[name]) for name in state}
     for name, tensor in own.items():
         if _identity(tensor) not in present:
