@@ -56,7 +56,7 @@ def test_copying_with_four_keys_is_learned_as_well_as_with_all(tmp_path: Path) -
         train(
             model=ModelConfig(
                 width=32, num_heads=2, hidden_width=64, encoder_layers=1, decoder_layers=1,
-                dropout=0.0, max_length=32, attention=AttentionConfig(kind=kind, top_k=4),  # type: ignore[arg-type]
+                dropout=0.0, max_length=32, attention=AttentionConfig(kind=kind, top_k=4),
             ),
             data=data,
             train=TrainConfig(
