@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from separata_shared.attention._inputs import compute_dtype
 
 # Scores in a block: a few MiB stay in the cache of a core, while a GPU needs many rows.
-CPU_BLOCK, GPU_BLOCK = 2**20, 2**26
+CPU_BLOCK, GPU_BLOCK = 2**21, 2**26
 # Entries whose rows are gathered at a time in the backward, for the same reason.
 CPU_CHUNK, GPU_CHUNK = 2**12, 2**22
 # Keys that one maximum stands for while candidates are searched; blocks hold whole groups.
@@ -87,13 +87,12 @@ def _forward(
     bias = None if bias is None else bias.expand(shape)
     rows_k = int(top_k) if top_k.numel() == 1 else top_k.to(query.device).expand(shape[:3])
     repeats = shape[1] // key.shape[1]
-    head_offset = torch.arange(shape[1], device=query.device) // repeats * shape[3]
     blocks = list(_blocks(shape, repeats, query.device))
     # One buffer for every block: fresh memory costs more than the scores do.
     rows = max(((h.stop - h.start) * (t.stop - t.start) for _, h, t in blocks), default=0)
     buffer = q.new_empty(rows * k.shape[2])
 
-    columns, weights, counts = [], [], []
+    selected = []
     for b, heads, times in blocks:
         scores = _scores(
             q[b, heads, times],
@@ -105,27 +104,20 @@ def _forward(
             source=shape[3],
         )
         block_k = rows_k if isinstance(rows_k, int) else rows_k[b, heads, times].reshape(-1, 1)
-        places, block_weights, block_counts = _select(scores.flatten(0, 1), block_k, ties)
-        first = (head_offset[heads] + b * key.shape[1] * shape[3]).unsqueeze(1)
-        first = first.expand(scores.shape[:2]).flatten().repeat_interleave(block_counts)
-        columns.append((places + first).int())
-        weights.append(block_weights)
-        counts.append(block_counts)
+        selected.append(_select(scores.flatten(0, 1), block_k, ties))
 
-    entries, entry_weights = torch.cat(columns), torch.cat(weights)
-    offsets = F.pad(torch.cat(counts).cumsum(0), (1, 0)).int()
-    factor = entry_weights.new_empty(0)
+    columns, weights, counts = (torch.cat(parts) for parts in zip(*selected, strict=True))
+    offsets = F.pad(counts.cumsum(0), (1, 0)).int()
+    # Heads that share a key head follow one another in the rows as in the keys.
+    first = torch.arange(len(counts), device=query.device) // (repeats * shape[2]) * shape[3]
+    entries = (columns + first.repeat_interleave(counts)).int()
+    factor = weights.new_empty(0)
     if dropout > 0.0:
-        factor = torch.empty_like(entry_weights).bernoulli_(1.0 - dropout).div_(1.0 - dropout)
-    used = entry_weights * factor if dropout > 0.0 else entry_weights
+        factor = torch.empty_like(weights).bernoulli_(1.0 - dropout).div_(1.0 - dropout)
+    used = weights * factor if dropout > 0.0 else weights
     output = _sums(value.to(dtype).flatten(0, 2), entries, offsets, used)
-    return (
-        output.view(*shape[:3], -1).to(value.dtype),
-        entries,
-        entry_weights,
-        offsets,
-        factor,
-    )
+    output = output.view(*shape[:3], -1).to(value.dtype)
+    return output, entries, weights, offsets, factor
 
 
 @_forward.register_fake
