@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from separata_explicit_sparse_transformer.generate import load_run
-from separata_explicit_sparse_transformer.plot import attention_maps, plot_attention
+from separata_explicit_sparse_transformer.plot import attention_maps, plot_attention, plot_span
 from separata_shared.data.vocabulary import EOS
 from separata_shared.training import Run
 
@@ -104,3 +104,22 @@ def test_pictures_go_to_the_run_by_default(trained_run: Path, tmp_path: Path) ->
     weights = Run(run).weight_files()[0]
     plot_attention(run=run, sentence=SENTENCE, weights=weights)
     assert {path.name for path in run.iterdir()} - before == FILES
+
+
+def test_span_is_drawn_for_each_run_of_a_language_model(tmp_path: Path) -> None:
+    runs = [tmp_path / "dense", tmp_path / "sparse"]
+    for run in runs:
+        for step in (1, 2):
+            Run(run).record(
+                kind="evaluate", step=step, average_span=10.0 * step, bits_per_character=3.0 / step
+            )
+    plot_span(runs=runs, output=tmp_path / "span.png")
+    assert min(size_of(tmp_path / "span.png")) > 200
+
+
+def test_span_of_a_translation_model_is_refused(trained_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no evaluation of a language model"):
+        plot_span(runs=[trained_run], output=tmp_path / "span.png")
+    with pytest.raises(ValueError, match="no such file"):
+        plot_span(runs=[tmp_path / "nowhere"], output=tmp_path / "span.png")
+    assert not list(tmp_path.iterdir())

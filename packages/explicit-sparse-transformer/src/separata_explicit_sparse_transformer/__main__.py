@@ -10,6 +10,7 @@ VERBS = {
     "generate": f"{PACKAGE}.generate:generate",
     "evaluate": f"{PACKAGE}.evaluate:evaluate",
     "plot-attention": f"{PACKAGE}.plot:plot_attention",
+    "plot-span": f"{PACKAGE}.plot:plot_span",
     "sweep-k": f"{PACKAGE}.sweep:sweep_k",
     "ablate-phase": f"{PACKAGE}.sweep:ablate_phase",
     "convert": f"{PACKAGE}.convert:convert",

@@ -1,4 +1,4 @@
-"""Pictures and tables of what the attentions look at: the verb ``plot-attention``."""
+"""Pictures of what attentions look at: the verbs ``plot-attention`` and ``plot-span``."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from separata_shared.data.vocabulary import EOS
 from separata_shared.files import atomic_write, write_json
 from separata_shared.nn import record_attention
+from separata_shared.training import Run
 from torch import Tensor
 
 from .data import Split, load
@@ -79,6 +80,32 @@ def plot_attention(
     for name in ("attention", "word", "support"):
         print(directory / f"{name}.png")
     return report
+
+
+def plot_span(*, runs: list[Path] | None = None, output: Path = Path("runs/span.png")) -> None:
+    """Draw the span that language models need for their bits per character, a line for each run.
+
+    The points of a line are the evaluations made while the model was trained.
+
+    Args:
+        runs: Run directories of ``train-lm``; default: ``runs/tiny-lm``.
+        output: Picture to write.
+
+    Raises:
+        ValueError: A run has no evaluation of a language model, or matplotlib is missing.
+    """
+    names = ("average_span", "bits_per_character")
+    figure, axis = pyplot().subplots(figsize=(6, 4), layout="constrained")
+    for run in runs or [Path("runs/tiny-lm")]:
+        records = [record for record in Run(run).records() if record.keys() >= set(names)]
+        if not records:
+            raise ValueError(f"{Run(run).metrics}: has no evaluation of a language model")
+        axis.plot(*([record[name] for record in records] for name in names), "o-", label=run.name)
+    axis.set_xlabel("average span (characters)")
+    axis.set_ylabel("bits per character of the validation part")
+    axis.legend()
+    save_figure(figure, output)
+    print(output)
 
 
 @torch.no_grad()
