@@ -130,9 +130,10 @@ def test_verb_takes_the_groups_it_knows(command: Command) -> None:
 
 def test_resolved_configuration_repeats_the_run(command: Command, tmp_path: Path) -> None:
     values = {"model": Model(ratios=(1e-9,), top_k=None), "train": Train(schedule="linear")}
-    (tmp_path / "config.yaml").write_text(cli.to_yaml(values))
-    assert command("train", "--config", str(tmp_path / "config.yaml")) == 0
-    assert calls == [{**values, "run": Path("runs/tiny")}]
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "config.yaml").write_text(cli.to_yaml(values))
+    assert command("train", "--config", str(tmp_path / "first" / "config.yaml")) == 0
+    assert calls == [{**values, "run": Path("runs/first")}]
 
 
 def test_printed_configuration_repeats_the_run(
@@ -299,3 +300,9 @@ def test_help_imports_neither_the_verbs_nor_torch(tmp_path: Path) -> None:
     )
     assert "Say it loud." in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+def test_default_paths_are_named_after_the_configuration(command: Command) -> None:
+    assert command("train", "--config", "large") == 0
+    assert command("train", "--config", "large", "--run", "here") == 0
+    assert [call["run"] for call in calls] == [Path("runs/large"), Path("here")]

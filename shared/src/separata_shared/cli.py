@@ -99,6 +99,7 @@ def _run(verbs: Mapping[str, Verb], verb: str, argv: list[str], package: str) ->
     name, overrides = _split_config(argv)
     path = _find(name, package)
     settings = {} if path is None else _settings(path, function, verbs)
+    settings = {**_places(function, path), **settings}
     values = _parse(parser, settings, overrides, path)
     function(**{key: values[key] for key in inspect.signature(function).parameters})
     _leave_processes()
@@ -189,6 +190,21 @@ def _settings(
         if is_dataclass(types.get(key)) and not isinstance(settings[key], dict):
             raise ValueError(f"{path}: {key}: must hold settings, not {settings[key]!r}")
     return {key: value for key, value in settings.items() if key in own}
+
+
+def _places(function: Callable[..., object], path: Path | None) -> dict[str, str]:
+    """Default paths named after ``tiny``, such as ``runs/tiny``, named after the configuration.
+
+    The ``config.yaml`` of a run directory stands for that directory.
+    """
+    if path is None:
+        return {}
+    name = path.parent.name if path.name == "config.yaml" else path.stem
+    return {
+        key: str(parameter.default).replace("tiny", name)
+        for key, parameter in inspect.signature(function).parameters.items()
+        if isinstance(parameter.default, Path)
+    }
 
 
 def _mapping(path: Path) -> dict[str, Any]:

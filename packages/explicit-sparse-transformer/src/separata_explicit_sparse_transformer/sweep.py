@@ -43,7 +43,7 @@ def sweep_k(
     label_smoothing: float = 0.1,
     top_k: list[int] | None = None,
     seeds: list[int] | None = None,
-    run: Path = Path("runs/sweep-k"),
+    run: Path = Path("runs/tiny-sweep-k"),
 ) -> list[dict[str, Any]]:
     """Train and score the model for several k, and densely; draw BLEU over k.
 
@@ -81,7 +81,7 @@ def ablate_phase(
     decode: DecodeConfig,
     label_smoothing: float = 0.1,
     seeds: list[int] | None = None,
-    run: Path = Path("runs/ablate-phase"),
+    run: Path = Path("runs/tiny-ablate-phase"),
 ) -> list[dict[str, Any]]:
     """Train and score the model with selection never, in one phase only, and in both.
 
