@@ -240,7 +240,7 @@ def attention_table(rows: Iterable[Row]) -> str:
 
 def convert(
     *,
-    run: Path = Path("runs/tiny"),
+    run: Path = Path("runs/tiny-dense"),
     output: Path = Path("runs/tiny-converted"),
     top_k: int = 8,
     sites: list[Site] | None = None,
@@ -275,7 +275,10 @@ def convert(
     attention = attention if sites is None else replace(attention, sites=sites)
     dense = load_run(run, weights=weights)
     if sparse_attentions(dense.network):
-        raise ValueError(f"{run}: the model has sparse attention already; convert a dense one")
+        raise ValueError(
+            f"{run}: the model has sparse attention already; convert one that was trained with "
+            "--model.attention.kind dense"
+        )
     split = load(dense.data).valid
     device = next(dense.network.parameters()).device
     chosen = islice(split.in_order(dense.data.max_tokens), batches)
