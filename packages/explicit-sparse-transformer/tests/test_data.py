@@ -416,7 +416,20 @@ def test_truncated_and_missing_arrays_are_named(
         load(data)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99}'])
+@pytest.mark.parametrize("name", ["train.source.tokens", "valid.target.offsets"])
+def test_arrays_that_cannot_be_sentences_are_refused(
+    data: DataConfig, tmp_path: Path, name: str
+) -> None:
+    prepare(data=data)
+    path = tmp_path / "prepared" / f"{name}.npy"
+    array = np.load(path)
+    array[len(array) // 2] = 1_000_000  # the file keeps its size
+    np.save(path, array)
+    with pytest.raises(ValueError, match=rf"prepared: {name.rpartition('.')[0]} arrays disagree"):
+        load(data)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99}', '{"format": 1}'])
 def test_a_foreign_manifest_is_refused(data: DataConfig, tmp_path: Path, content: str) -> None:
     prepare(data=data)
     (tmp_path / "prepared" / "manifest.json").write_text(content)

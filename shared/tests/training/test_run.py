@@ -119,3 +119,15 @@ def test_importing_the_library_costs_nothing_beside_torch() -> None:
     assert not imported & slow
     # Torch and numpy have a few small modules left that they import when they are used.
     assert len(imported) < 40, sorted(imported)
+
+
+def test_a_torn_record_and_foreign_weight_files_are_no_surprise(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.record(step=1, loss=2.0)
+    run.metrics.write_text(run.metrics.read_text() + '{"step": 2, "lo')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: a line is not JSON"):
+        run.records()
+    run.weights.mkdir()
+    for name in ("step_x.safetensors", "average.safetensors", "step_0000007.safetensors"):
+        (run.weights / name).touch()
+    assert [path.name for path in run.weight_files()] == ["step_0000007.safetensors"]

@@ -7,7 +7,7 @@ that ``load`` maps into memory.
 Shapes: B sentences, S source tokens, T target tokens, N sentences of a split.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -365,19 +365,30 @@ def load(data: DataConfig) -> Corpus:
     for side in ("source", "target"):
         vocabularies[side] = Vocabulary.load(directory / f"{side}.vocabulary")
         vocabularies[side].check(manifest["vocabularies"][side], directory)
+    sizes = {side: len(vocabulary) for side, vocabulary in vocabularies.items()}
     return Corpus(
-        **{name: _read_split(directory, name) for name in SPLITS},
+        **{name: _read_split(directory, name, sizes) for name in SPLITS},
         source_vocabulary=vocabularies["source"],
         target_vocabulary=vocabularies["target"],
     )
 
 
-def _read_split(directory: Path, name: str) -> Split:
+def _consistent(
+    tokens: NDArray[np.integer], offsets: NDArray[np.int64], vocabulary_size: int
+) -> bool:
+    """Whether the arrays of a side can be sequences of tokens of its vocabulary."""
+    if tokens.ndim != 1 or offsets.ndim != 1 or len(offsets) < 2 or not len(tokens):
+        return False
+    rising = offsets[0] == 0 and offsets[-1] == len(tokens) and bool((np.diff(offsets) > 0).all())
+    return rising and int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary_size
+
+
+def _read_split(directory: Path, name: str, sizes: Mapping[str, int]) -> Split:
     sides = []
     for side in ("source", "target"):
         tokens = storage.read_array(directory / f"{name}.{side}.tokens.npy")
         offsets = storage.read_array(directory / f"{name}.{side}.offsets.npy")
-        if offsets[-1] != len(tokens):
+        if not _consistent(tokens, offsets, sizes[side]):
             raise ValueError(f"{directory}: {name}.{side} arrays disagree; prepare the data again")
         sides.append(Sequences(tokens, offsets))
     source, target = sides

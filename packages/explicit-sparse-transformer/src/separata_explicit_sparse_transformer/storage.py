@@ -70,7 +70,8 @@ def open_prepared(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any
             "with the same configuration first"
         )
     manifest = read_json(directory / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+    whole = isinstance(manifest, dict) and manifest.keys() >= {"settings", "files"}
+    if not whole or manifest.get("format") != _FORMAT:
         raise ValueError(f"{directory / MANIFEST}: not a manifest of format {_FORMAT}")
     for name, value in settings.items():
         found = manifest["settings"].get(name)

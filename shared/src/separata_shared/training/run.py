@@ -90,12 +90,19 @@ class Run:
             write_text(self.metrics, "".join(line + "\n" for line in kept))
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines of ``metrics.jsonl``."""
-        return [json.loads(line) for line in read_lines(self.metrics)]
+        """All lines of ``metrics.jsonl``.
+
+        Raises:
+            ValueError: The file is missing, or a crash cut a line short; the message names it.
+        """
+        try:
+            return [json.loads(line) for line in read_lines(self.metrics)]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.metrics}: a line is not JSON ({error})") from None
 
     def weight_files(self) -> list[Path]:
         """The weight files, oldest first."""
-        return sorted(self.weights.glob("step_*.safetensors"), key=step_of)
+        return sorted(self.weights.glob("step_[0-9]*.safetensors"), key=step_of)
 
     def best_weights(self) -> Path:
         """Weights of the best evaluation; the newest ones when there was no evaluation.
