@@ -69,7 +69,7 @@ def open_prepared(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any
             f"{directory}: no prepared data; run `separata-explicit-sparse-transformer prepare` "
             "with the same configuration first"
         )
-    manifest = read_json(directory / MANIFEST)
+    manifest: dict[str, Any] = read_json(directory / MANIFEST)
     whole = isinstance(manifest, dict) and manifest.keys() >= {"settings", "files"}
     if not whole or manifest.get("format") != _FORMAT:
         raise ValueError(f"{directory / MANIFEST}: not a manifest of format {_FORMAT}")
