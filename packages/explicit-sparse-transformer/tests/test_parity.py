@@ -79,7 +79,7 @@ def fairseq_attend(config: dict[str, Any], site: str) -> Attend:
     entmax = config["entmax"]
     if entmax in ("sparsemax", 1):
         return sparsemax_attention
-    if entmax in ("entmax15", 2):
+    if entmax in ("entmax15", 2, "entmax_bisect", 3):  # bisection solves for alpha = 1.5, too
         return entmax15_attention
     assert not entmax, f"unknown entmax {entmax!r}"
     if site not in config["use_att"]:
@@ -389,17 +389,20 @@ BLEU_KEYS = {
 
 def check_bleu(golden: dict[str, Any]) -> None:
     tokenise = TokenizerV14International()
-    for line, tokens in zip(golden["hyp"], golden["t2t_tokens_hyp"], strict=True):
-        assert tokenise(line).split() == tokens
+    if "t2t_tokens_hyp" in golden:
+        for line, tokens in zip(golden["hyp"], golden["t2t_tokens_hyp"], strict=True):
+            assert tokenise(line).split() == tokens
     for key, (protocol, unit) in BLEU_KEYS.items():
         if key in golden:
             end = 3 if "first3" in key else None
             score = bleu(golden["hyp"][:end], golden["ref"][:end], protocol=protocol)
             assert score.value * unit == pytest.approx(golden[key], abs=1e-6), key
-    whole = bleu(golden["hyp"], golden["ref"], protocol="fairseq")
-    assert golden["fairseq_result_string"].startswith(f"BLEU4 = {whole.value:.2f},")
-    cased = BLEU(tokenize="intl").corpus_score(golden["hyp"], [golden["ref"]])
-    assert cased.score / 100 == pytest.approx(golden["t2t_bleu_cased"], abs=1e-6)
+    if "fairseq_result_string" in golden:
+        whole = bleu(golden["hyp"], golden["ref"], protocol="fairseq")
+        assert golden["fairseq_result_string"].startswith(f"BLEU4 = {whole.value:.2f},")
+    if "t2t_bleu_cased" in golden:
+        cased = BLEU(tokenize="intl").corpus_score(golden["hyp"], [golden["ref"]])
+        assert cased.score / 100 == pytest.approx(golden["t2t_bleu_cased"], abs=1e-6)
 
 
 def test_bleu_without_long_matches_is_smoothed_as_in_tensor2tensor() -> None:
