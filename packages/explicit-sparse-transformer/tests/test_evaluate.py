@@ -23,7 +23,7 @@ def test_scores_are_those_of_the_translations_beside_them(run: Path) -> None:
     assert json.loads((run / "scores.json").read_text()) == scores
     trained = load_run(run)
     test = load(trained.data).test
-    written = (run / "scores.test.txt").read_text().splitlines()
+    written = (run / "scores.txt").read_text().splitlines()
     assert written == translate_lines(trained, test.source_lines)
     assert scores["sentences"] == len(written) == 15
     assert scores["split"] == "test"
@@ -82,7 +82,7 @@ def test_split_weights_and_output_can_be_chosen(run: Path, tmp_path: Path) -> No
     output = tmp_path / "elsewhere" / "valid.json"
     scores = evaluate(run=run, split="valid", weights=weights, output=output, alpha=0.5)
     assert json.loads(output.read_text()) == scores
-    assert {path.name for path in output.parent.iterdir()} == {"valid.json", "valid.valid.txt"}
+    assert {path.name for path in output.parent.iterdir()} == {"valid.json", "valid.txt"}
     assert not (run / "scores.json").exists()
     assert scores["weights"] == weights.name
     assert scores["split"] == "valid"

@@ -13,6 +13,9 @@ from .data import load
 from .generate import load_run, translate_lines, with_search
 from .train import validation_loss
 
+SCORES = {"test": "scores.json", "valid": "scores.valid.json"}
+"""File of a run directory that has the scores of a part."""
+
 PROTOCOLS: tuple[Protocol, ...] = ("detokenised", "fairseq", "tensor2tensor")
 
 
@@ -37,8 +40,9 @@ def evaluate(
         weights: Weights file; default: the best of the run.
         beam: Beam size; default: the run's.
         alpha: Exponent of the length penalty; default: the run's.
-        output: File for the scores; default: ``scores.json`` in the run directory. The
-            translations stand beside it, with the ending ``.<split>.txt``.
+        output: File for the scores; default: ``scores.json`` in the run directory for the test
+            part, ``scores.valid.json`` for the other. The translations stand beside it, as
+            ``.txt``.
 
     Returns:
         What was written to the file.
@@ -71,8 +75,8 @@ def evaluate(
         "metrics": metrics,
         "copy_of_the_source": copied,
     }
-    path = output or run / "scores.json"
-    write_text(path.with_suffix(f".{split}.txt"), "".join(f"{line}\n" for line in hypotheses))
+    path = output or run / SCORES[split]
+    write_text(path.with_suffix(".txt"), "".join(f"{line}\n" for line in hypotheses))
     write_json(path, scores)
     for name, value in metrics.items():
         print(f"{name}: {value['value']:.2f} {value['unit']} ({value['signature']})")

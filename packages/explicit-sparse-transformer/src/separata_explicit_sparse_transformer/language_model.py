@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import DataConfig, load_characters
+from .evaluate import SCORES
 from .span import AdaptiveSpan, SpanLanguageModel, build_span_language_model
 
 Symbols = NDArray[np.integer[Any]]
@@ -414,7 +415,8 @@ def evaluate_lm(
         weights: Weights file; default: the best of the run.
         streams: Streams that the text is cut into; each begins without a past. Default: the run's.
         characters: Score only so many at the beginning of the part; default: all.
-        output: File for the scores; default: ``scores.json`` in the run directory.
+        output: File for the scores; default: ``scores.json`` in the run directory for the test
+            part, ``scores.valid.json`` for the other.
 
     Returns:
         What was written to the file.
@@ -455,7 +457,8 @@ def evaluate_lm(
         "metrics": {"bits_per_character": score.as_dict()},
         "spans": span_statistics(model),
     }
-    write_json(output or directory.scores, scores)
+    path = output or run / SCORES[split]
+    write_json(path, scores)
     print(f"{score.value:.4f} {score.unit} ({score.signature}, n = {score.n})")
-    print(output or directory.scores)
+    print(path)
     return scores
