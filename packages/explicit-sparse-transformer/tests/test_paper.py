@@ -109,9 +109,6 @@ def test_shipped_configuration_has_the_published_value(name: str, key: str) -> N
     assert value == RECIPES[name][key]
 
 
-# ---- parameters ----------------------------------------------------------------------------------
-
-
 def parameters(model: ModelConfig) -> int:
     """Number of parameters by the formulas of Vaswani et al. 2017.
 
@@ -181,9 +178,6 @@ def test_initial_weights_have_the_published_spread() -> None:
     assert table[PAD].eq(0).all()
 
 
-# ---- schedules -----------------------------------------------------------------------------------
-
-
 def test_noam_learning_rates_of_en_vi() -> None:
     # tensor2tensor: 2 * 512^-0.5 * min(1, s / 8000) * max(s, 8000)^-0.5.
     schedule = make_schedule(shipped("iwslt15_en_vi")["train"])
@@ -204,9 +198,6 @@ def test_inverse_square_root_learning_rates_of_de_en() -> None:
     assert schedule(16_000) == pytest.approx(5e-4, rel=1e-12)
     assert schedule(54_000) == pytest.approx(1e-3 * (4000 / 54_000) ** 0.5, rel=1e-12)
     assert schedule(10**16) == 1e-9
-
-
-# ---- loss and search -----------------------------------------------------------------------------
 
 
 class Fixed(nn.Module):
