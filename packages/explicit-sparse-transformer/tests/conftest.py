@@ -69,9 +69,6 @@ def run_copy(trained_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained_run, tmp_path / "run"))
 
 
-# ---- the command line ----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended."""

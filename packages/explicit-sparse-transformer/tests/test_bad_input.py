@@ -25,9 +25,6 @@ def half_written(directory: Path) -> list[Path]:
     return [path for path in directory.rglob("*") if ".tmp" in path.name or ".old" in path.name]
 
 
-# ---- bad configuration ---------------------------------------------------------------------------
-
-
 def test_unknown_verb_and_option_are_named(command: Command) -> None:
     command("translate").refused("translate")
     command("evaluate", "--beams", 3).refused("beams")
@@ -91,9 +88,6 @@ def test_a_file_that_is_no_configuration_is_named(command: Command, content: byt
     assert [path.name for path in Path().iterdir()] == ["bad.yaml"]
 
 
-# ---- bad data ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -139,8 +133,6 @@ def test_data_prepared_otherwise_is_refused(
     command("train", "--config", small_yaml, *TEXT).refused("train.source.tokens.npy")
     assert not (tmp_path / "runs").exists()
 
-
-# ---- bad runs ------------------------------------------------------------------------------------
 
 READERS = ("generate", "evaluate", "plot-attention", "convert")
 
@@ -255,9 +247,6 @@ def test_a_loss_that_is_no_number_ends_in_one_line(
     outcome.refused("loss")
     assert not list(tmp_path.rglob("*.safetensors"))
     assert not half_written(tmp_path)
-
-
-# ---- no space left -------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["64k"])

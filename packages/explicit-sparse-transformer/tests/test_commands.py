@@ -27,9 +27,6 @@ def half_written(directory: Path) -> list[Path]:
     return [path for path in directory.rglob("*") if ".tmp" in path.name or ".old" in path.name]
 
 
-# ---- the whole way -------------------------------------------------------------------------------
-
-
 def test_the_whole_way_on_made_data(command: Command, small_yaml: Path, tmp_path: Path) -> None:
     chosen = ("--config", small_yaml)
     run = ("--run", "runs/small")
@@ -108,9 +105,6 @@ def test_bare_commands_work_on_tiny(command: Command) -> None:
     assert {path.name for path in Path("runs").iterdir()} == {"tiny"}
     assert command("average-checkpoints", "--last", 2).status == 0
     assert command("generate", stdin=b"s1 s2 s3\n").output.count("\n") == 1
-
-
-# ---- starting up ---------------------------------------------------------------------------------
 
 
 def test_help_of_every_verb_explains_every_option(command: Command) -> None:

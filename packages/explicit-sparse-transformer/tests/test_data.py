@@ -58,9 +58,6 @@ def texts(split: Split, vocabulary: Vocabulary) -> list[str]:
     return [vocabulary.decode(split.source[n]) for n in range(len(split))]
 
 
-# ---- from files to batches -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("segmentation", ["bpe", "unigram", "words"])
 @pytest.mark.parametrize("vocabularies", ["joint", "separate"])
 def test_prepared_tokens_decode_to_the_files(
@@ -181,9 +178,6 @@ def test_an_epoch_holds_every_pair_once_within_the_budget() -> None:
     assert sorted(n for b in train.in_order(300) for n in b.indices.tolist()) == list(range(2000))
 
 
-# ---- made data and the pip packages --------------------------------------------------------------
-
-
 @pytest.mark.parametrize("task", ["copy", "reverse", "map"])
 def test_made_targets_follow_the_task(task: str) -> None:
     corpus = load(DataConfig(tiny_task=task, tiny_pairs=50))  # type: ignore[arg-type]
@@ -287,9 +281,6 @@ def test_the_wrong_loader_says_so() -> None:
         load(DataConfig(dataset="tiny_characters"))
     with pytest.raises(ValueError, match=r"data\.dataset: tiny "):
         load_characters(DataConfig())
-
-
-# ---- wrong input ---------------------------------------------------------------------------------
 
 
 def spoil_missing(raw: Path) -> str:

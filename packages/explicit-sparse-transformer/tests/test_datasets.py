@@ -40,9 +40,6 @@ def write_parts(folder: Path, names: tuple[str, ...], languages: tuple[str, str]
             (folder / f"{name}.{language}").write_text(f"{name} {language} One\nTwo {language}\n")
 
 
-# ---- parallel files and downloads ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("dataset", "names"),
     [
@@ -110,8 +107,6 @@ def test_broken_transfer_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"enwik8\.zip: missing, and .* cannot be fetched"):
         prepare(data=config(tmp_path, "enwik8"))
 
-
-# ---- IWSLT'14 out of the archive -----------------------------------------------------------------
 
 TRAIN_DE = [
     "<url>http://example.org</url>",
@@ -214,8 +209,6 @@ def test_missing_sacremoses_says_what_to_install(
     with pytest.raises(ValueError, match=r"pip install .*\[moses\]"):
         prepare(data=config(tmp_path, "iwslt14_de_en"))
 
-
-# ---- enwik8 --------------------------------------------------------------------------------------
 
 WHOLE = bytes(range(97, 123)) * 3 + b"one two three four five" + b"\xff"
 

@@ -157,9 +157,6 @@ def test_lowercased_data_lowercases_its_input(trained: TrainedModel) -> None:
     assert translate_lines(lowered, upper) == translate_lines(trained, LINES)
 
 
-# ---- the verb ------------------------------------------------------------------------------------
-
-
 def test_a_file_is_translated_line_by_line(
     trained: TrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,9 +218,6 @@ def test_impossible_options_are_refused(
     with pytest.raises(ValueError, match=message):
         generate(run=trained_run, input=path, output=tmp_path / "out.txt", **options)
     assert list(tmp_path.iterdir()) == [path]
-
-
-# ---- runs that cannot be used --------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -75,9 +75,6 @@ def site_of(name: str) -> str:
     return "encoder_self" if name.startswith("encoder") else "decoder_self"
 
 
-# ---- which attentions are sparse -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("sites", "expected"),
     [
@@ -192,9 +189,6 @@ def test_another_attention_can_be_given_for_every_site_and_layer() -> None:
     model = build_model(config(), attend=attend)
     assert sorted(asked) == sorted((site, layer) for site in SITES for layer in range(2))
     assert sparse_attentions(model) == {}
-
-
-# ---- equalities ----------------------------------------------------------------------------------
 
 
 def decoded_step_by_step(
@@ -315,9 +309,6 @@ def test_no_logit_depends_on_later_target_tokens(kind: Any) -> None:
         before, after = model(source, target), model(source, changed)
     torch.testing.assert_close(after[:, :5], before[:, :5], rtol=0, atol=1e-10)
     assert (after[:, 5:] - before[:, 5:]).abs().max() > 1e-3
-
-
-# ---- every kind, every wiring --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("phase", ["both", "train", "predict"])

@@ -42,9 +42,6 @@ def temporary_files(directory: Path) -> list[Path]:
     return [path for path in directory.rglob("*") if path.name.endswith(".tmp")]
 
 
-# ---- what a run does -----------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_copying_with_four_keys_is_learned_as_well_as_with_all(tmp_path: Path) -> None:
     data = DataConfig(
@@ -121,9 +118,6 @@ def test_training_lowers_the_loss(trained_run: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-# ---- schedule of k -------------------------------------------------------------------------------
-
-
 def test_k_moves_from_step_to_step_as_configured(
     small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,9 +154,6 @@ def test_without_a_schedule_nothing_is_done_before_a_step() -> None:
     assert top_k_schedule(model, AttentionConfig()) is None
 
 
-# ---- loss ----------------------------------------------------------------------------------------
-
-
 def test_validation_loss_counts_tokens_and_not_batches(trained_run: Path) -> None:
     trained = load_run(trained_run)
     valid = load(trained.data).valid
@@ -179,9 +170,6 @@ def test_validation_loss_counts_tokens_and_not_batches(trained_run: Path) -> Non
             sums[1] += loss.count.item()
     assert sums[1] == len(valid.target.tokens)
     assert whole["loss"] == pytest.approx(sums[0] / sums[1], abs=1e-6)
-
-
-# ---- what is refused -----------------------------------------------------------------------------
 
 
 def test_vocabulary_sizes_come_from_the_data_or_must_equal_them(small: Settings) -> None:
