@@ -75,9 +75,10 @@ def run_all(session: nox.Session, commands: Iterable[Sequence[str]], **options: 
 
 
 @nox.session
-@nox.parametrize("project", [nox.param(project, id=project.name) for project in PROJECTS])
-def tests(session: nox.Session, project: Path) -> None:
+@nox.parametrize("folder", [nox.param(str(project), id=project.name) for project in PROJECTS])
+def tests(session: nox.Session, folder: str) -> None:
     """Test shared, or one paper with nothing but shared beside it."""
+    project = Path(folder)  # a parameter must be text: `nox --report` writes it as JSON
     if project == SHARED:
         install(session, requirement(SHARED))
     else:
