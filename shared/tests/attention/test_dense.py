@@ -168,3 +168,20 @@ def test_wrong_arguments_are_named(
     tensors = change(normal(2, 4, 3, 5), normal(2, 2, 4, 5), normal(2, 2, 4, 5))
     with pytest.raises(ValueError, match=word):
         dense_attention(*tensors, **options)
+
+
+@every_implementation
+@pytest.mark.parametrize("shape", [(), (9,), (1,), (7, 9), (2, 1, 1)])
+def test_masks_and_biases_of_few_dimensions_broadcast(impl: str, shape: tuple[int, ...]) -> None:
+    query, memory = normal(3, 2, 7, 8), normal(3, 2, 9, 8, seed=1)
+    mask, bias = normal(*shape, seed=2) > -0.5, normal(*shape, seed=3)
+    full = (3, 2, 7, 9)
+    found = dense_attention(query, memory, memory, mask=mask, bias=bias, impl=impl)
+    expected = dense_attention(
+        query, memory, memory, mask=mask.expand(full), bias=bias.expand(full), impl="reference"
+    )
+    torch.testing.assert_close(found, expected)
+    alone = dense_attention(query, memory, memory, mask=mask, impl=impl)
+    torch.testing.assert_close(
+        alone, dense_attention(query, memory, memory, mask=mask.expand(full), impl="reference")
+    )

@@ -65,6 +65,11 @@ def check_broadcast(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} {tuple(tensor.shape)} must be broadcastable to {shape}")
 
 
+def four_dimensional(tensor: Tensor | None) -> Tensor | None:
+    """A mask or bias with leading dimensions of size 1 up to ``(B, H, T, S)``."""
+    return tensor if tensor is None else tensor[(None,) * (4 - tensor.dim())]
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The precision of scores and weights: at least float32."""
     dtype = torch.float32

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from separata_shared.attention import _select
-from separata_shared.attention._inputs import check_inputs
+from separata_shared.attention._inputs import check_inputs, four_dimensional
 from separata_shared.attention.dense import eager, reference, sdpa
 
 
@@ -49,6 +49,7 @@ def dense_attention(
         ValueError: An argument does not fit, or the named implementation cannot serve the call.
     """
     check_inputs(query, key, value, mask=mask, bias=bias, dropout=dropout)
+    mask, bias = four_dimensional(mask), four_dimensional(bias)
     name: str = impl
     if impl == "auto":
         name = _select.dense(

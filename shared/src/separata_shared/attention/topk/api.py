@@ -8,7 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from separata_shared.attention import _select
-from separata_shared.attention._inputs import allowed_keys, check_broadcast, check_inputs
+from separata_shared.attention._inputs import (
+    allowed_keys,
+    check_broadcast,
+    check_inputs,
+    four_dimensional,
+)
 from separata_shared.attention.dense import dense_attention
 from separata_shared.attention.topk import blocked, eager, reference
 
@@ -68,6 +73,7 @@ def topk_attention(
         ValueError: An argument does not fit, or the named implementation cannot serve the call.
     """
     check_inputs(query, key, value, mask=mask, bias=bias, dropout=dropout)
+    mask, bias = four_dimensional(mask), four_dimensional(bias)
     if ties not in ("keep", "exact"):
         raise ValueError(f"ties must be 'keep' or 'exact', not {ties!r}")
     k, most_keys = rows_top_k(
