@@ -25,7 +25,7 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", *OPENMP]
 
 
-class Unavailable(RuntimeError):
+class UnavailableError(RuntimeError):
     """Why a kernel cannot be compiled or loaded here."""
 
 
@@ -37,7 +37,7 @@ def load(source: Path) -> ctypes.CDLL:
         source: The file.
 
     Raises:
-        Unavailable: There is no compiler, or it fails; the message says what to do.
+        UnavailableError: There is no compiler, or it fails; the message says what to do.
     """
     library = library_path(source)
     try:
@@ -45,7 +45,7 @@ def load(source: Path) -> ctypes.CDLL:
             build(source)
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise Unavailable(f"{library} cannot be used: {error}") from None
+        raise UnavailableError(f"{library} cannot be used: {error}") from None
 
 
 def library_path(source: Path) -> Path:
@@ -64,7 +64,7 @@ def build(source: Path) -> Path:
     same time, and one that is killed leaves no lock behind.
 
     Raises:
-        Unavailable: There is no compiler, or it fails.
+        UnavailableError: There is no compiler, or it fails.
     """
     library = library_path(source)
     extension = _extension_loader()
@@ -80,10 +80,10 @@ def build(source: Path) -> Path:
                 build_directory=folder,
                 is_python_module=False,
             )
-            os.replace(Path(folder) / f"{library.stem}.so", library)
+            (Path(folder) / f"{library.stem}.so").replace(library)
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise Unavailable(
+        raise UnavailableError(
             f"{source.name} could not be compiled ({reason}); it needs a C++ compiler and ninja"
         ) from None
     return library
@@ -101,9 +101,9 @@ def _own_tools_first() -> Iterator[None]:
 
 
 def _extension_loader() -> ModuleType:
-    """torch's extension loader; importing it takes a second, so only where it is needed."""
+    """Import the extension loader, which takes a second, so only where it is needed."""
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        raise Unavailable(f"torch's extension loader cannot be imported: {error}") from None
+        raise UnavailableError(f"torch's extension loader cannot be imported: {error}") from None
     return cpp_extension
