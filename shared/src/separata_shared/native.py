@@ -51,7 +51,8 @@ def load(source: Path) -> ctypes.CDLL:
 def library_path(source: Path) -> Path:
     """Where the library of a C++ file is kept."""
     extension = _extension_loader()
-    parts = (source.read_bytes(), *FLAGS, torch.__version__, platform.machine())
+    headers = [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
+    parts = (source.read_bytes(), *headers, *FLAGS, torch.__version__, platform.machine())
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     name = f"separata_{source.parent.name}_{digest}.so"
     return Path(extension.get_default_build_root()) / "separata" / name

@@ -1,0 +1,625 @@
+// Top-k attention for one instruction set. native.cpp includes this file once for each, with
+//   ISA      the name of the namespace
+//   TARGET   the attribute that allows the instructions
+//   LANES    floats in a vector
+//   ROWS     query rows in a tile of scores
+//   VECTORS  vectors of keys in a tile
+//   PAIRS    1 where products of two bfloat16 are summed in one instruction
+
+namespace ISA {
+
+#define INLINE TARGET inline __attribute__((always_inline))
+
+constexpr int64_t PANEL = LANES * VECTORS;  // keys in a panel of packed keys
+constexpr float LOWEST = -__builtin_inff();
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef float LooseVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t LooseHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
+INLINE void store(float* p, Vec x) { *reinterpret_cast<LooseVec*>(p) = x; }
+INLINE Vec all(float x) { return x - Vec{}; }
+INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+INLINE Vec load(const Bf16* p) {
+  const Halves x = *reinterpret_cast<const LooseHalves*>(p);
+  return reinterpret_cast<Vec>(__builtin_convertvector(x, Bits) << 16);
+}
+
+INLINE void store(Bf16* p, Vec x) {
+  const Bits bits = reinterpret_cast<Bits>(x);
+  Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  rounded = reinterpret_cast<Bits>(x == x) ? rounded : Bits{} + 0x7fc0;
+  *reinterpret_cast<LooseHalves*>(p) = __builtin_convertvector(rounded, Halves);
+}
+
+INLINE float get(const float* p) { return *p; }
+INLINE float get(const Bf16* p) {
+  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+INLINE void put(float* p, float x) { *p = x; }
+INLINE void put(Bf16* p, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  p->bits = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+
+// Bit i says whether lane i is at least t.
+INLINE uint32_t at_least(Vec x, Vec t) {
+#if LANES == 16
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(t), _CMP_GE_OQ);
+#elif LANES == 8
+  return _mm256_movemask_ps(
+      _mm256_cmp_ps(reinterpret_cast<__m256>(x), reinterpret_cast<__m256>(t), _CMP_GE_OQ));
+#else
+  uint32_t mask = 0;
+  const Ints found = x >= t;
+  for (int i = 0; i < LANES; ++i) mask |= static_cast<uint32_t>(found[i] & 1) << i;
+  return mask;
+#endif
+}
+
+INLINE float sum(Vec x) {
+#if LANES == 16
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x));
+#else
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += x[i];
+  return total;
+#endif
+}
+
+INLINE float maximum(Vec x) {
+#if LANES == 16
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(x));
+#else
+  float most = x[0];
+  for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+#endif
+}
+
+// e^x for x <= 0, also for -inf: 2^n e^r with |r| <= ln(2) / 2 and eight terms of the series.
+INLINE Vec exponential(Vec x) {
+  x = larger(all(-104.0f), x);
+  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
+  const Vec whole = __builtin_convertvector(n, Vec);
+  const Vec r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;
+  Vec y = all(1.0f / 5040);
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  // In two factors, since the smallest results are below the normal numbers.
+  const Ints half = n >> 1;
+  const Vec low = reinterpret_cast<Vec>((half + 127) << 23);
+  const Vec high = reinterpret_cast<Vec>((n - half + 127) << 23);
+  return y * low * high;
+}
+
+// ---------------------------------------------------------------- scores of panels of keys
+
+// A unit is what one step of a product reads of a key: a float, or a pair of bfloat16.
+struct Single {
+  static constexpr int WIDTH = 1;
+  template <class T>
+  INLINE static Vec units(const T* p) { return load(p); }
+  template <class T>
+  INLINE static float unit(const T* p, int64_t) { return get(p); }
+  INLINE static Vec step(Vec total, Vec a, Vec b) { return total + a * b; }
+};
+
+#if PAIRS
+struct Pair {
+  static constexpr int WIDTH = 2;
+  INLINE static Vec units(const Bf16* p) { return load(reinterpret_cast<const float*>(p)); }
+  INLINE static float unit(const Bf16* p, int64_t left) {
+    const uint32_t bits = p[0].bits | (left > 1 ? static_cast<uint32_t>(p[1].bits) << 16 : 0);
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  INLINE static Vec step(Vec total, Vec a, Vec b) {
+    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(total),
+                                                  reinterpret_cast<__m512bh>(a),
+                                                  reinterpret_cast<__m512bh>(b)));
+  }
+};
+#endif
+
+template <class T>
+struct StepOf {
+  using type = Single;
+};
+#if PAIRS
+template <>
+struct StepOf<Bf16> {
+  using type = Pair;
+};
+#endif
+
+template <int HALF>
+INLINE void exchange(Vec* x) {
+  Ints low, high;
+  for (int i = 0; i < LANES; ++i) {
+    low[i] = i & HALF ? LANES + i - HALF : i;
+    high[i] = i & HALF ? LANES + i : i + HALF;
+  }
+  for (int i = 0; i < LANES; ++i) {
+    if (i & HALF) continue;
+    const Vec a = x[i], b = x[i + HALF];
+    x[i] = __builtin_shuffle(a, b, low);
+    x[i + HALF] = __builtin_shuffle(a, b, high);
+  }
+}
+
+INLINE void transpose(Vec* x) {
+  exchange<1>(x);
+  exchange<2>(x);
+#if LANES >= 8
+  exchange<4>(x);
+#endif
+#if LANES >= 16
+  exchange<8>(x);
+#endif
+}
+
+// Keys first to first + n - 1 as a panel (units, PANEL); keys that do not exist are zero.
+template <class T>
+TARGET void pack(const T* key, int64_t stride, int64_t n, int64_t width, float* panel) {
+  using Step = typename StepOf<T>::type;
+  const int64_t units = (width + Step::WIDTH - 1) / Step::WIDTH;
+  for (int64_t j = 0; j < PANEL; j += LANES) {
+    if (j >= n) break;  // no tile reads these lanes
+    int64_t u = 0;
+    for (; j + LANES <= n && (u + LANES) * Step::WIDTH <= width; u += LANES) {
+      Vec block[LANES];
+      for (int i = 0; i < LANES; ++i) {
+        block[i] = Step::units(key + (j + i) * stride + u * Step::WIDTH);
+      }
+      transpose(block);
+      for (int i = 0; i < LANES; ++i) store(panel + (u + i) * PANEL + j, block[i]);
+    }
+    for (; u < units; ++u) {
+      for (int i = 0; i < LANES; ++i) {
+        const int64_t d = u * Step::WIDTH;
+        panel[u * PANEL + j + i] = j + i < n ? Step::unit(key + (j + i) * stride + d, width - d) : 0;
+      }
+    }
+  }
+}
+
+// Scores of R rows and V vectors of keys, and their maxima with those of earlier panels.
+template <class Step, int R, int V>
+TARGET void tile(const float* query, int64_t units, const float* panel, float scale, float* scores,
+                 int64_t stride, float* maxima, int64_t maxima_stride) {
+  Vec total[R][V] = {};
+  for (int64_t u = 0; u < units; ++u) {
+    Vec key[V];
+    for (int v = 0; v < V; ++v) key[v] = load(panel + u * PANEL + v * LANES);
+    for (int r = 0; r < R; ++r) {
+      const Vec q = all(query[r * units + u]);
+      for (int v = 0; v < V; ++v) total[r][v] = Step::step(total[r][v], key[v], q);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      const Vec score = total[r][v] * scale;
+      store(scores + r * stride + v * LANES, score);
+      float* most = maxima + r * maxima_stride + v * LANES;
+      store(most, larger(load(most), score));
+    }
+  }
+}
+
+template <class Step, int R>
+TARGET void tile_of(int64_t vectors, const float* query, int64_t units, const float* panel,
+                    float scale, float* scores, int64_t stride, float* maxima, int64_t step) {
+  switch (vectors) {
+    case 1: return tile<Step, R, 1>(query, units, panel, scale, scores, stride, maxima, step);
+#if VECTORS > 2
+    case 2: return tile<Step, R, 2>(query, units, panel, scale, scores, stride, maxima, step);
+    case 3: return tile<Step, R, 3>(query, units, panel, scale, scores, stride, maxima, step);
+#endif
+    default: return tile<Step, R, VECTORS>(query, units, panel, scale, scores, stride, maxima, step);
+  }
+}
+
+// ---------------------------------------------------------------- selection in a row of scores
+
+TARGET int64_t count(const float* values, int64_t vectors, float t) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < vectors; ++i) {
+    found += __builtin_popcount(at_least(load(values + i * LANES), all(t)));
+  }
+  return found;
+}
+
+// A number with at least k of the values, and at most k + slack where bisection finds one. If fewer
+// than k are above -inf it is the smallest of these, or inf if there are none.
+TARGET float bound(const float* values, int64_t vectors, int64_t k, int64_t slack, int64_t* above) {
+  Vec most = all(LOWEST), least = all(-LOWEST);
+  for (int64_t i = 0; i < vectors; ++i) {
+    const Vec x = load(values + i * LANES);
+    most = larger(most, x);
+    const Vec finite = x > LOWEST ? x : all(-LOWEST);
+    least = finite < least ? finite : least;
+  }
+  float low = -maximum(-least), high = maximum(most);
+  *above = low < -LOWEST ? count(values, vectors, low) : 0;
+  for (int step = 0; step < 24 && *above > k + slack; ++step) {
+    const float middle = 0.5f * low + 0.5f * high;
+    if (!(middle > low && middle < high)) break;
+    const int64_t found = count(values, vectors, middle);
+    if (found >= k) {
+      low = middle;
+      *above = found;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Columns and scores of the values that are at least t, in order.
+TARGET int64_t collect(const float* values, int64_t vectors, float t, int32_t* columns,
+                       float* scores) {
+  int64_t n = 0;
+  const Vec limit = all(t);
+  int64_t i = 0;
+  for (; i + 4 <= vectors; i += 4) {
+    uint64_t mask = 0;
+    for (int j = 0; j < 4; ++j) {
+      mask |= static_cast<uint64_t>(at_least(load(values + (i + j) * LANES), limit)) << (j * LANES);
+    }
+    for (; mask; mask &= mask - 1) {
+      const int64_t column = i * LANES + __builtin_ctzll(mask);
+      columns[n] = static_cast<int32_t>(column);
+      scores[n++] = values[column];
+    }
+  }
+  for (; i < vectors; ++i) {
+    for (uint32_t mask = at_least(load(values + i * LANES), limit); mask; mask &= mask - 1) {
+      const int64_t column = i * LANES + __builtin_ctz(mask);
+      columns[n] = static_cast<int32_t>(column);
+      scores[n++] = values[column];
+    }
+  }
+  return n;
+}
+
+// Keeps the k largest of n scores and, unless ties are exact, those equal to the smallest of them.
+TARGET int64_t keep(int32_t* columns, float* scores, int64_t n, int64_t k, bool exact_ties,
+                    float* order) {
+  if (n <= k) return n;
+  const int64_t vectors = up(n, LANES) / LANES;
+  for (int64_t i = n; i < vectors * LANES; ++i) scores[i] = LOWEST;
+  int64_t above;
+  float t = bound(scores, vectors, k, 0, &above);
+  int64_t equal = n;
+  if (above > k) {  // ties, or neighbours too close for bisection
+    std::copy(scores, scores + n, order);
+    std::nth_element(order, order + k - 1, order + n, std::greater<float>());
+    t = order[k - 1];
+    if (exact_ties) {
+      int64_t larger = 0;
+      for (int64_t i = 0; i < n; ++i) larger += scores[i] > t;
+      equal = k - larger;
+    }
+  }
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (scores[i] < t || (scores[i] == t && equal-- <= 0)) continue;
+    columns[kept] = columns[i];
+    scores[kept++] = scores[i];
+  }
+  return kept;
+}
+
+TARGET void softmax(float* scores, int64_t n) {
+  const int64_t vectors = up(n, LANES) / LANES;
+  for (int64_t i = n; i < vectors * LANES; ++i) scores[i] = LOWEST;
+  Vec most = all(LOWEST);
+  for (int64_t i = 0; i < vectors; ++i) most = larger(most, load(scores + i * LANES));
+  const Vec shift = all(maximum(most));
+  Vec total = Vec{};
+  for (int64_t i = 0; i < vectors; ++i) {
+    Vec x = load(scores + i * LANES);
+    x = x > LOWEST ? exponential(x - shift) : Vec{};
+    store(scores + i * LANES, x);
+    total += x;
+  }
+  const Vec share = 1.0f / all(sum(total));
+  for (int64_t i = 0; i < vectors; ++i) store(scores + i * LANES, load(scores + i * LANES) * share);
+}
+
+// Adds the weighted rows of a matrix: output = sum of weights[i] * rows[columns[i]].
+template <class T>
+TARGET void weighted_sum(const T* rows, int64_t stride, const int32_t* columns, const float* weights,
+                         int64_t n, int64_t width, float scale, T* output) {
+  int64_t d = 0;
+  for (; d + 4 * LANES <= width; d += 4 * LANES) {
+    Vec total[4] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const T* row = rows + columns[i] * stride + d;
+      for (int v = 0; v < 4; ++v) total[v] += load(row + v * LANES) * weights[i];
+    }
+    for (int v = 0; v < 4; ++v) store(output + d + v * LANES, total[v] * scale);
+  }
+  for (; d + LANES <= width; d += LANES) {
+    Vec total = Vec{};
+    for (int64_t i = 0; i < n; ++i) total += load(rows + columns[i] * stride + d) * weights[i];
+    store(output + d, total * scale);
+  }
+  for (; d < width; ++d) {
+    float total = 0;
+    for (int64_t i = 0; i < n; ++i) total += get(rows + columns[i] * stride + d) * weights[i];
+    put(output + d, total * scale);
+  }
+}
+
+// ---------------------------------------------------------------- forward
+
+// Keys that a row may attend at most, counted from the first.
+INLINE int64_t row_limit(const Problem& p, int64_t row, int64_t keys) {
+  if (!p.causal) return keys;
+  const int64_t limit = row % p.target + p.source - p.target + 1;
+  return limit < 0 ? 0 : limit < keys ? limit : keys;
+}
+
+// Applies bias, mask and limit to the scores of one row in one panel.
+TARGET void restrict_scores(const Problem& p, const Task& task, const bool* mask, int64_t row,
+                            int64_t limit, int64_t start, float* scores, float* maxima) {
+  const int64_t head = row_head(p, task, row), time = row % p.target;
+  const int64_t end = limit < start ? 0 : limit - start < PANEL ? limit - start : PANEL;
+  if (p.bias) {
+    const int64_t step = p.bias_stride[3];
+    const float* bias = at(p.bias, p.bias_stride, task.batch, head, time) + start * step;
+    if (step == 1) {
+      for (int64_t j = 0; j < end; ++j) scores[j] += bias[j];
+    } else {
+      for (int64_t j = 0; j < end; ++j) scores[j] += bias[j * step];
+    }
+  }
+  if (mask) {
+    const int64_t step = p.mask_stride[3];
+    const bool* may = at(mask, p.mask_stride, task.batch, head, time) + start * step;
+    if (step == 1) {
+      for (int64_t j = 0; j < end; ++j) scores[j] = may[j] ? scores[j] : LOWEST;
+    } else {
+      for (int64_t j = 0; j < end; ++j) scores[j] = may[j * step] ? scores[j] : LOWEST;
+    }
+  }
+  for (int64_t j = end; j < PANEL; ++j) scores[j] = LOWEST;
+  for (int v = 0; v < VECTORS; ++v) {
+    store(maxima + v * LANES, larger(load(maxima + v * LANES), load(scores + v * LANES)));
+  }
+}
+
+// Leaves masked keys at the end alone: gives the number of keys before them, and drops a mask that
+// says nothing else. Only for a mask that is the same for all rows of the task.
+TARGET int64_t trim(const Problem& p, const Task& task, const bool** mask) {
+  int64_t keys = p.source;
+  const bool same = p.mask && p.mask_stride[2] == 0 &&
+                    (p.mask_stride[1] == 0 || p.num_heads == p.num_kv_heads);
+  if (!same) return keys;
+  const bool* may = at(p.mask, p.mask_stride, task.batch, row_head(p, task, 0), 0);
+  while (keys && !may[(keys - 1) * p.mask_stride[3]]) --keys;
+  bool whole = true;
+  for (int64_t j = 0; j < keys; ++j) whole &= may[j * p.mask_stride[3]];
+  if (whole) *mask = nullptr;
+  return keys;
+}
+
+template <class T>
+TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
+  using Step = typename StepOf<T>::type;
+  const bool* mask = p.mask;
+  const int64_t keys = trim(p, task, &mask);
+  const int64_t rows = task.last - task.first, units = (p.width + Step::WIDTH - 1) / Step::WIDTH;
+  const int64_t stride = up(keys, PANEL) + LANES;  // not a power of two: rows in other cache sets
+  // A block of scores fills half of a core's cache.
+  int64_t block = BLOCK_SCORES / stride / ROWS * ROWS;
+  block = std::min(std::max<int64_t>(block, ROWS), up(rows, ROWS));
+  // Maxima of this many keys; where that is nearly all of them, the scores themselves.
+  const int64_t wanted = std::max<int64_t>(64, 4 * p.most_keys);
+  const int64_t panels = up(keys, PANEL) / PANEL;
+  const bool direct = 2 * wanted > keys;
+  const int64_t groups = direct ? 1 : up(wanted, PANEL) / PANEL;
+
+  const bool again = rows > block;  // packed keys serve more than one block
+  Buffer<float> packed((again ? panels : 1) * PANEL * units), query(block * units);
+  Buffer<float> scores(block * stride), maxima(block * groups * PANEL);
+  Buffer<float> candidates(keys + LANES), order(keys + LANES), weights(keys + LANES);
+  Buffer<float> ignored(ROWS * PANEL);
+  Buffer<int32_t> columns(keys + LANES);
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.width)));
+  const T* key = at(static_cast<const T*>(p.key), p.key_stride, task.batch, task.kv_head, 0);
+  const T* value = at(static_cast<const T*>(p.value), p.value_stride, task.batch, task.kv_head, 0);
+  kept.counts.reserve(rows);
+  kept.columns.reserve(rows * std::min(p.most_keys, keys));
+  kept.weights.reserve(rows * std::min(p.most_keys, keys));
+  int64_t ready = 0;  // panels packed
+
+  for (int64_t first = task.first; first < task.last; first += block) {
+    const int64_t last = std::min(first + block, task.last), n = last - first;
+    int64_t end = 0, whole = keys;  // keys that some row may attend, and that all may
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t limit = row_limit(p, row, keys);
+      end = std::max(end, limit);
+      whole = std::min(whole, limit);
+      const int64_t head = row_head(p, task, row);
+      const T* from = at(static_cast<const T*>(p.query), p.query_stride, task.batch, head,
+                         row % p.target);
+      float* to = query.get() + (row - first) * units;
+      int64_t u = 0;
+      for (; (u + LANES) * Step::WIDTH <= p.width; u += LANES) {
+        store(to + u, Step::units(from + u * Step::WIDTH));
+      }
+      for (; u < units; ++u) {
+        to[u] = Step::unit(from + u * Step::WIDTH, p.width - u * Step::WIDTH);
+      }
+    }
+    const int64_t tiled = up(n, ROWS);
+    std::fill(query.get() + n * units, query.get() + tiled * units, 0.0f);
+    std::fill(maxima.get(), maxima.get() + tiled * groups * PANEL, LOWEST);
+
+    for (int64_t panel = 0; panel * PANEL < end; ++panel) {
+      const int64_t start = panel * PANEL, width = std::min(keys - start, PANEL);
+      float* keys_of = packed.get() + (again ? start * units : 0);
+      if (!again || panel == ready) {
+        pack(key + start * p.key_stride[2], p.key_stride[2], width, p.width, keys_of);
+        ready = panel + 1;
+      }
+      const int64_t vectors = up(width, LANES) / LANES;
+      const bool restricted = p.bias || mask || start + PANEL > whole;
+      for (int64_t row = 0; row < n; row += ROWS) {
+        float* most = restricted ? ignored.get() : maxima.get() + (row * groups + panel % groups) * PANEL;
+        const int64_t step = restricted ? PANEL : groups * PANEL;
+        const auto run = n - row == 1 ? tile_of<Step, 1> : tile_of<Step, ROWS>;
+        run(vectors, query.get() + row * units, units, keys_of, scale,
+            scores.get() + row * stride + start, stride, most, step);
+      }
+      for (int64_t row = 0; restricted && row < n; ++row) {
+        restrict_scores(p, task, mask, first + row, row_limit(p, first + row, keys), start,
+                        scores.get() + row * stride + start,
+                        maxima.get() + (row * groups + panel % groups) * PANEL);
+      }
+    }
+
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t head = row_head(p, task, row), time = row % p.target;
+      const int64_t k = *at(p.top_k, p.top_k_stride, task.batch, head, time);
+      const float* values = scores.get() + (row - first) * stride;
+      const int64_t vectors = up(row_limit(p, row, keys), LANES) / LANES;
+      int64_t above;
+      float t = direct ? bound(values, vectors, k, 0, &above)
+                       : bound(maxima.get() + (row - first) * groups * PANEL, groups * VECTORS, k,
+                               k / 4 + 1, &above);
+      if (above < k) t = -std::numeric_limits<float>::max();
+      int64_t found = collect(values, vectors, t, columns.get(), candidates.get());
+      found = keep(columns.get(), candidates.get(), found, k, p.exact_ties, order.get());
+      softmax(candidates.get(), found);
+      kept.counts.push_back(static_cast<int32_t>(found));
+      kept.columns.insert(kept.columns.end(), columns.get(), columns.get() + found);
+      kept.weights.insert(kept.weights.end(), candidates.get(), candidates.get() + found);
+      if (p.dropout > 0) {
+        const int64_t number = row_number(p, task, row);
+        for (int64_t i = 0; i < found; ++i) {
+          candidates.get()[i] *= dropout_factor(p, number, columns.get()[i]);
+        }
+      }
+      T* output = at(static_cast<T*>(p.output), p.output_stride, task.batch, head, time);
+      weighted_sum(value, p.value_stride[2], columns.get(), candidates.get(), found, p.value_width,
+                   1.0f, output);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- backward
+
+template <class T>
+TARGET float dot(const T* a, const T* b, int64_t width) {
+  Vec total[2] = {};
+  int64_t d = 0;
+  for (; d + 2 * LANES <= width; d += 2 * LANES) {
+    total[0] += load(a + d) * load(b + d);
+    total[1] += load(a + d + LANES) * load(b + d + LANES);
+  }
+  for (; d + LANES <= width; d += LANES) total[0] += load(a + d) * load(b + d);
+  float found = sum(total[0] + total[1]);
+  for (; d < width; ++d) found += get(a + d) * get(b + d);
+  return found;
+}
+
+// Gradients of the kept scores and of the queries:
+// dA = dC v^T, dP = A (dA - sum of A dA), dq = dP k / sqrt(D).
+template <class T>
+TARGET void backward_rows(const Problem& p, const Gradients& g, const Task& task) {
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.width)));
+  const T* key = at(static_cast<const T*>(p.key), p.key_stride, task.batch, task.kv_head, 0);
+  const T* value = at(static_cast<const T*>(p.value), p.value_stride, task.batch, task.kv_head, 0);
+  for (int64_t row = task.first; row < task.last; ++row) {
+    const int64_t head = row_head(p, task, row), time = row % p.target;
+    const int64_t number = row_number(p, task, row);
+    const int64_t start = g.offsets[number], n = g.offsets[number + 1] - start;
+    const int32_t* columns = g.columns + start;
+    const float* weights = g.weights + start;
+    float* scores = g.scores + start;
+    const T* output = at(static_cast<const T*>(g.output), g.output_stride, task.batch, head, time);
+    float mean = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      scores[i] = dot(output, value + columns[i] * p.value_stride[2], p.value_width);
+      if (p.dropout > 0) scores[i] *= dropout_factor(p, number, columns[i]);
+      mean += weights[i] * scores[i];
+    }
+    for (int64_t i = 0; i < n; ++i) scores[i] = weights[i] * (scores[i] - mean);
+    T* query = at(static_cast<T*>(g.query), g.query_stride, task.batch, head, time);
+    weighted_sum(key, p.key_stride[2], columns, scores, n, p.width, scale, query);
+  }
+}
+
+template <class T>
+TARGET void add_scaled(float* total, const T* x, float factor, int64_t width) {
+  int64_t d = 0;
+  for (; d + LANES <= width; d += LANES) store(total + d, load(total + d) + load(x + d) * factor);
+  for (; d < width; ++d) total[d] += get(x + d) * factor;
+}
+
+template <class T>
+TARGET void write_scaled(T* to, const float* from, float factor, int64_t width) {
+  int64_t d = 0;
+  for (; d + LANES <= width; d += LANES) store(to + d, load(from + d) * factor);
+  for (; d < width; ++d) put(to + d, from[d] * factor);
+}
+
+// Gradients of the keys and values from begin to end - 1, from all rows of the task in order, so
+// that the sums do not depend on the number of threads: dk = dP^T q / sqrt(D), dv = A^T dC.
+template <class T>
+TARGET void backward_keys(const Problem& p, const Gradients& g, const Task& task, int64_t begin,
+                          int64_t end) {
+  const int64_t size = end - begin;
+  Buffer<float> keys(size * p.width), values(size * p.value_width);
+  std::fill(keys.get(), keys.get() + size * p.width, 0.0f);
+  std::fill(values.get(), values.get() + size * p.value_width, 0.0f);
+  for (int64_t row = task.first; row < task.last; ++row) {
+    const int64_t head = row_head(p, task, row), time = row % p.target;
+    const int64_t number = row_number(p, task, row);
+    const T* query = at(static_cast<const T*>(p.query), p.query_stride, task.batch, head, time);
+    const T* output = at(static_cast<const T*>(g.output), g.output_stride, task.batch, head, time);
+    for (int64_t i = g.offsets[number]; i < g.offsets[number + 1]; ++i) {
+      const int64_t column = g.columns[i];
+      if (column < begin || column >= end) continue;
+      float weight = g.weights[i];
+      if (p.dropout > 0) weight *= dropout_factor(p, number, column);
+      add_scaled(keys.get() + (column - begin) * p.width, query, g.scores[i], p.width);
+      add_scaled(values.get() + (column - begin) * p.value_width, output, weight, p.value_width);
+    }
+  }
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.width)));
+  for (int64_t j = begin; j < end; ++j) {
+    T* key = at(static_cast<T*>(g.key), g.key_stride, task.batch, task.kv_head, j);
+    T* value = at(static_cast<T*>(g.value), g.value_stride, task.batch, task.kv_head, j);
+    write_scaled(key, keys.get() + (j - begin) * p.width, scale, p.width);
+    write_scaled(value, values.get() + (j - begin) * p.value_width, 1.0f, p.value_width);
+  }
+}
+
+constexpr Level LEVEL = {
+    {forward_task<float>, forward_task<Bf16>},
+    {backward_rows<float>, backward_rows<Bf16>},
+    {backward_keys<float>, backward_keys<Bf16>},
+};
+
+#undef INLINE
+}  // namespace ISA
