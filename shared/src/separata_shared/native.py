@@ -83,7 +83,8 @@ def build(source: Path) -> Path:
             )
             (Path(folder) / f"{library.stem}.so").replace(library)
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = str(error).strip().splitlines()
+        reason = next((line for line in lines if "error: " in line), lines[0])
         raise UnavailableError(
             f"{source.name} could not be compiled ({reason}); it needs a C++ compiler and ninja"
         ) from None

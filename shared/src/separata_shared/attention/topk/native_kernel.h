@@ -199,26 +199,33 @@ TARGET void pack(const T* key, int64_t stride, int64_t n, int64_t width, float* 
   }
 }
 
-// Scores of R rows and V vectors of keys, and their maxima with those of earlier panels.
+// Scores of R rows and V vectors of keys. A maximum stands for the keys of one lane.
 template <class Step, int R, int V>
 TARGET void tile(const float* query, int64_t units, const float* panel, float scale, float* scores,
                  int64_t stride, float* maxima, int64_t maxima_stride) {
   Vec total[R][V] = {};
   for (int64_t u = 0; u < units; ++u) {
     Vec key[V];
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) key[v] = load(panel + u * PANEL + v * LANES);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec q = all(query[r * units + u]);
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) total[r][v] = Step::step(total[r][v], key[v], q);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+    Vec most = all(LOWEST);
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const Vec score = total[r][v] * scale;
       store(scores + r * stride + v * LANES, score);
-      float* most = maxima + r * maxima_stride + v * LANES;
-      store(most, larger(load(most), score));
+      most = v ? larger(most, score) : score;
     }
+    for (int v = V; v < VECTORS; ++v) store(scores + r * stride + v * LANES, all(LOWEST));
+    store(maxima + r * maxima_stride, most);
   }
 }
 
@@ -245,9 +252,25 @@ TARGET int64_t count(const float* values, int64_t vectors, float t) {
   return found;
 }
 
-// A number with at least k of the values, and at most k + slack where bisection finds one. If fewer
-// than k are above -inf it is the smallest of these, or inf if there are none.
-TARGET float bound(const float* values, int64_t vectors, int64_t k, int64_t slack, int64_t* above) {
+// The k-th largest lane; equal ones all count.
+TARGET float kth(Vec x, int64_t k) {
+  Ints rank = {};  // how many lanes are larger
+#pragma GCC unroll 16
+  for (int shift = 1; shift < LANES; ++shift) {
+    Ints turn;
+    for (int i = 0; i < LANES; ++i) turn[i] = (i + shift) % LANES;
+    rank -= __builtin_shuffle(x, turn) > x;
+  }
+  const Ints among = rank < static_cast<int32_t>(k);
+  return -maximum(among ? -x : all(LOWEST));
+}
+
+// A number with at least k of the values, and at most k + slack where bisection finds one; the k-th
+// largest value if there is one vector. If fewer than k are above -inf, it lies below them all.
+TARGET float bound(const float* values, int64_t vectors, int64_t k, int64_t slack) {
+  constexpr float FINITE = std::numeric_limits<float>::max();
+  if (vectors * LANES < k) return -FINITE;
+  if (vectors == 1) return std::max(kth(load(values), k), -FINITE);
   Vec most = all(LOWEST), least = all(-LOWEST);
   for (int64_t i = 0; i < vectors; ++i) {
     const Vec x = load(values + i * LANES);
@@ -256,14 +279,15 @@ TARGET float bound(const float* values, int64_t vectors, int64_t k, int64_t slac
     least = finite < least ? finite : least;
   }
   float low = -maximum(-least), high = maximum(most);
-  *above = low < -LOWEST ? count(values, vectors, low) : 0;
-  for (int step = 0; step < 24 && *above > k + slack; ++step) {
+  int64_t above = count(values, vectors, low);
+  if (above < k) return -FINITE;
+  for (int step = 0; step < 24 && above > k + slack; ++step) {
     const float middle = 0.5f * low + 0.5f * high;
     if (!(middle > low && middle < high)) break;
     const int64_t found = count(values, vectors, middle);
     if (found >= k) {
       low = middle;
-      *above = found;
+      above = found;
     } else {
       high = middle;
     }
@@ -271,31 +295,43 @@ TARGET float bound(const float* values, int64_t vectors, int64_t k, int64_t slac
   return low;
 }
 
-// Columns and scores of the values that are at least t, in order.
-TARGET int64_t collect(const float* values, int64_t vectors, float t, int32_t* columns,
-                       float* scores) {
+// Columns and scores of the scores that are at least t; V of them, LANES apart, have one maximum.
+template <int V>
+TARGET int64_t collect(const float* maxima, int64_t vectors, const float* scores, float t,
+                       int32_t* columns, float* found) {
   int64_t n = 0;
-  const Vec limit = all(t);
-  int64_t i = 0;
-  for (; i + 4 <= vectors; i += 4) {
+  constexpr int STEP = 64 / LANES < 4 ? 64 / LANES : 4;
+  for (int64_t i = 0; i < vectors; i += STEP) {
     uint64_t mask = 0;
-    for (int j = 0; j < 4; ++j) {
-      mask |= static_cast<uint64_t>(at_least(load(values + (i + j) * LANES), limit)) << (j * LANES);
+    for (int j = 0; j < STEP && i + j < vectors; ++j) {
+      mask |= static_cast<uint64_t>(at_least(load(maxima + (i + j) * LANES), all(t))) << (j * LANES);
     }
     for (; mask; mask &= mask - 1) {
-      const int64_t column = i * LANES + __builtin_ctzll(mask);
-      columns[n] = static_cast<int32_t>(column);
-      scores[n++] = values[column];
-    }
-  }
-  for (; i < vectors; ++i) {
-    for (uint32_t mask = at_least(load(values + i * LANES), limit); mask; mask &= mask - 1) {
-      const int64_t column = i * LANES + __builtin_ctz(mask);
-      columns[n] = static_cast<int32_t>(column);
-      scores[n++] = values[column];
+      const int64_t place = __builtin_ctzll(mask);
+      int64_t column = (i + place / LANES) * LANES * V + place % LANES;
+      for (int v = 0; v < V; ++v, column += LANES) {
+        columns[n] = static_cast<int32_t>(column);
+        found[n] = scores[column];
+        n += scores[column] >= t;
+      }
     }
   }
   return n;
+}
+
+// Of scores that are equal to the smallest kept one, t, leaves those of the first keys.
+TARGET int64_t drop_ties(int32_t* columns, float* scores, int64_t n, int64_t k, float t) {
+  std::vector<std::pair<int32_t, float>> entries;
+  for (int64_t i = 0; i < n; ++i) entries.emplace_back(columns[i], scores[i]);
+  std::sort(entries.begin(), entries.end());
+  for (const auto& entry : entries) k -= entry.second > t;
+  int64_t kept = 0;
+  for (const auto& entry : entries) {
+    if (entry.second == t && k-- <= 0) continue;
+    columns[kept] = entry.first;
+    scores[kept++] = entry.second;
+  }
+  return kept;
 }
 
 // Keeps the k largest of n scores and, unless ties are exact, those equal to the smallest of them.
@@ -303,32 +339,26 @@ TARGET int64_t keep(int32_t* columns, float* scores, int64_t n, int64_t k, bool 
                     float* order) {
   if (n <= k) return n;
   const int64_t vectors = up(n, LANES) / LANES;
-  for (int64_t i = n; i < vectors * LANES; ++i) scores[i] = LOWEST;
-  int64_t above;
-  float t = bound(scores, vectors, k, 0, &above);
-  int64_t equal = n;
-  if (above > k) {  // ties, or neighbours too close for bisection
+  store(scores + n, all(LOWEST));
+  float t = bound(scores, vectors, k, 0);
+  if (vectors > 1 && count(scores, vectors, t) > k) {  // ties, or too close for bisection
     std::copy(scores, scores + n, order);
     std::nth_element(order, order + k - 1, order + n, std::greater<float>());
     t = order[k - 1];
-    if (exact_ties) {
-      int64_t larger = 0;
-      for (int64_t i = 0; i < n; ++i) larger += scores[i] > t;
-      equal = k - larger;
-    }
   }
   int64_t kept = 0;
   for (int64_t i = 0; i < n; ++i) {
-    if (scores[i] < t || (scores[i] == t && equal-- <= 0)) continue;
+    const float score = scores[i];
     columns[kept] = columns[i];
-    scores[kept++] = scores[i];
+    scores[kept] = score;
+    kept += score >= t;
   }
-  return kept;
+  return kept > k && exact_ties ? drop_ties(columns, scores, kept, k, t) : kept;
 }
 
 TARGET void softmax(float* scores, int64_t n) {
   const int64_t vectors = up(n, LANES) / LANES;
-  for (int64_t i = n; i < vectors * LANES; ++i) scores[i] = LOWEST;
+  store(scores + n, all(LOWEST));
   Vec most = all(LOWEST);
   for (int64_t i = 0; i < vectors; ++i) most = larger(most, load(scores + i * LANES));
   const Vec shift = all(maximum(most));
@@ -370,6 +400,25 @@ TARGET void weighted_sum(const T* rows, int64_t stride, const int32_t* columns, 
 
 // ---------------------------------------------------------------- forward
 
+// Maxima of a number of vectors in fewer.
+TARGET void fold(const float* maxima, int64_t vectors, int64_t fewer, float* folded) {
+  for (int64_t i = 0; i < fewer; ++i) {
+    Vec most = load(maxima + i * LANES);
+    for (int64_t j = i + fewer; j < vectors; j += fewer) {
+      most = larger(most, load(maxima + j * LANES));
+    }
+    store(folded + i * LANES, most);
+  }
+}
+
+template <class T>
+INLINE void prefetch(const T* row, int64_t width) {
+  const char* line = reinterpret_cast<const char*>(row);
+  for (const char* end = line + width * sizeof(T); line < end; line += 64) {
+    __builtin_prefetch(line);
+  }
+}
+
 // Keys that a row may attend at most, counted from the first.
 INLINE int64_t row_limit(const Problem& p, int64_t row, int64_t keys) {
   if (!p.causal) return keys;
@@ -401,9 +450,9 @@ TARGET void restrict_scores(const Problem& p, const Task& task, const bool* mask
     }
   }
   for (int64_t j = end; j < PANEL; ++j) scores[j] = LOWEST;
-  for (int v = 0; v < VECTORS; ++v) {
-    store(maxima + v * LANES, larger(load(maxima + v * LANES), load(scores + v * LANES)));
-  }
+  Vec most = load(scores);
+  for (int v = 1; v < VECTORS; ++v) most = larger(most, load(scores + v * LANES));
+  store(maxima, most);
 }
 
 // Leaves masked keys at the end alone: gives the number of keys before them, and drops a mask that
@@ -427,22 +476,20 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
   const bool* mask = p.mask;
   const int64_t keys = trim(p, task, &mask);
   const int64_t rows = task.last - task.first, units = (p.width + Step::WIDTH - 1) / Step::WIDTH;
-  const int64_t stride = up(keys, PANEL) + LANES;  // not a power of two: rows in other cache sets
-  // A block of scores fills half of a core's cache.
+  const int64_t panels = up(keys, PANEL) / PANEL;
+  const int64_t stride = panels * PANEL + LANES;  // not a power of two: rows in other cache sets
   int64_t block = BLOCK_SCORES / stride / ROWS * ROWS;
   block = std::min(std::max<int64_t>(block, ROWS), up(rows, ROWS));
-  // Maxima of this many keys; where that is nearly all of them, the scores themselves.
-  const int64_t wanted = std::max<int64_t>(64, 4 * p.most_keys);
-  const int64_t panels = up(keys, PANEL) / PANEL;
-  const bool direct = 2 * wanted > keys;
-  const int64_t groups = direct ? 1 : up(wanted, PANEL) / PANEL;
-
+  // At least 2 k maxima give a good lower bound; where there are fewer, the scores themselves do.
+  const int64_t wanted = up(2 * p.most_keys, LANES) / LANES;
+  const bool direct = wanted > panels;
   const bool again = rows > block;  // packed keys serve more than one block
+
   Buffer<float> packed((again ? panels : 1) * PANEL * units), query(block * units);
-  Buffer<float> scores(block * stride), maxima(block * groups * PANEL);
-  Buffer<float> candidates(keys + LANES), order(keys + LANES), weights(keys + LANES);
-  Buffer<float> ignored(ROWS * PANEL);
-  Buffer<int32_t> columns(keys + LANES);
+  Buffer<float> scores(block * stride), maxima(block * panels * LANES), folded(wanted * LANES);
+  const int64_t room = panels * PANEL + 2 * LANES;
+  Buffer<float> candidates(room), order(room);
+  Buffer<int32_t> columns(room);
   const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.width)));
   const T* key = at(static_cast<const T*>(p.key), p.key_stride, task.batch, task.kv_head, 0);
   const T* value = at(static_cast<const T*>(p.value), p.value_stride, task.batch, task.kv_head, 0);
@@ -472,7 +519,6 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
     }
     const int64_t tiled = up(n, ROWS);
     std::fill(query.get() + n * units, query.get() + tiled * units, 0.0f);
-    std::fill(maxima.get(), maxima.get() + tiled * groups * PANEL, LOWEST);
 
     for (int64_t panel = 0; panel * PANEL < end; ++panel) {
       const int64_t start = panel * PANEL, width = std::min(keys - start, PANEL);
@@ -482,18 +528,17 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
         ready = panel + 1;
       }
       const int64_t vectors = up(width, LANES) / LANES;
-      const bool restricted = p.bias || mask || start + PANEL > whole;
+      const auto run = n == 1 ? tile_of<Step, 1> : tile_of<Step, ROWS>;
       for (int64_t row = 0; row < n; row += ROWS) {
-        float* most = restricted ? ignored.get() : maxima.get() + (row * groups + panel % groups) * PANEL;
-        const int64_t step = restricted ? PANEL : groups * PANEL;
-        const auto run = n - row == 1 ? tile_of<Step, 1> : tile_of<Step, ROWS>;
         run(vectors, query.get() + row * units, units, keys_of, scale,
-            scores.get() + row * stride + start, stride, most, step);
+            scores.get() + row * stride + start, stride,
+            maxima.get() + (row * panels + panel) * LANES, panels * LANES);
       }
+      const bool restricted = p.bias || mask || start + vectors * LANES > whole;
       for (int64_t row = 0; restricted && row < n; ++row) {
         restrict_scores(p, task, mask, first + row, row_limit(p, first + row, keys), start,
                         scores.get() + row * stride + start,
-                        maxima.get() + (row * groups + panel % groups) * PANEL);
+                        maxima.get() + (row * panels + panel) * LANES);
       }
     }
 
@@ -501,13 +546,25 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
       const int64_t head = row_head(p, task, row), time = row % p.target;
       const int64_t k = *at(p.top_k, p.top_k_stride, task.batch, head, time);
       const float* values = scores.get() + (row - first) * stride;
-      const int64_t vectors = up(row_limit(p, row, keys), LANES) / LANES;
-      int64_t above;
-      float t = direct ? bound(values, vectors, k, 0, &above)
-                       : bound(maxima.get() + (row - first) * groups * PANEL, groups * VECTORS, k,
-                               k / 4 + 1, &above);
-      if (above < k) t = -std::numeric_limits<float>::max();
-      int64_t found = collect(values, vectors, t, columns.get(), candidates.get());
+      const float* most = maxima.get() + (row - first) * panels * LANES;
+      const int64_t limit = row_limit(p, row, keys), vectors = up(limit, PANEL) / PANEL;
+      int64_t found;
+      if (direct) {
+        const int64_t all_vectors = up(limit, LANES) / LANES;
+        const float t = bound(values, all_vectors, k, 0);
+        found = collect<1>(values, all_vectors, values, t, columns.get(), candidates.get());
+      } else {
+        const float* bounds = most;
+        if (vectors > wanted) {
+          fold(most, vectors, wanted, folded.get());
+          bounds = folded.get();
+        }
+        const float t = bound(bounds, std::min(vectors, wanted), k, k / 8);
+        found = collect<VECTORS>(most, vectors, values, t, columns.get(), candidates.get());
+      }
+      for (int64_t i = 0; i < found && i < 2 * LANES; ++i) {
+        prefetch(value + columns.get()[i] * p.value_stride[2], p.value_width);
+      }
       found = keep(columns.get(), candidates.get(), found, k, p.exact_ties, order.get());
       softmax(candidates.get(), found);
       kept.counts.push_back(static_cast<int32_t>(found));
