@@ -283,6 +283,39 @@ def test_verbs_given_by_name_are_imported_when_used(
     assert capsys.readouterr().out == "tensor(3)\n"
 
 
+PARTIAL = '''
+from functools import partial
+
+def call(name, *, times: int = 1) -> None:
+    """Call somebody.
+
+    Args:
+        name: Whom.
+        times: How often.
+    """
+    print(name * times)
+
+call_ann = partial(call, "Ann")
+"""Call Ann."""
+'''
+
+
+def test_a_verb_may_be_a_function_with_its_first_arguments_given(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "paper_package" / "calling.py").write_text(PARTIAL)
+    verb = "paper_package.calling:call_ann"
+    assert command("call", "--times", "2", call=verb) == 0
+    assert capsys.readouterr().out == "AnnAnn\n"
+    assert command("call", "--help", call=verb) == 0
+    described = capsys.readouterr().out
+    assert "Call somebody." in described
+    assert "How often." in described
+    assert "Whom." not in described
+    assert command("--help", call=verb) == 0
+    assert "Call Ann." in capsys.readouterr().out
+
+
 def test_help_imports_neither_the_verbs_nor_torch(tmp_path: Path) -> None:
     (tmp_path / "named_package").mkdir()
     (tmp_path / "named_package" / "shout.py").write_text(NAMED)

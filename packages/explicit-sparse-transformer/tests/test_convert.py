@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from separata_explicit_sparse_transformer.average import average_checkpoints
 from separata_explicit_sparse_transformer.build import build_model
 from separata_explicit_sparse_transformer.config import AttentionConfig, DecodeConfig, ModelConfig
 from separata_explicit_sparse_transformer.convert import (
@@ -22,6 +21,7 @@ from separata_explicit_sparse_transformer.model import ExplicitSparseTransformer
 from separata_explicit_sparse_transformer.train import train
 from separata_shared.nn import record_attention
 from separata_shared.training import TrainConfig
+from separata_shared.training.average import average_checkpoints
 from torch import Tensor, nn
 
 

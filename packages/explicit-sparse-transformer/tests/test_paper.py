@@ -12,13 +12,13 @@ import torch
 from separata_explicit_sparse_transformer.build import build_model
 from separata_explicit_sparse_transformer.config import DecodeConfig, ModelConfig
 from separata_explicit_sparse_transformer.data import DataConfig, ParallelBatch
-from separata_explicit_sparse_transformer.generate import length_penalty
 from separata_explicit_sparse_transformer.model import sparse_attentions
-from separata_explicit_sparse_transformer.train import translation_step
 from separata_shared.cli import from_yaml
 from separata_shared.data.vocabulary import PAD
 from separata_shared.training import TrainConfig
 from separata_shared.training.optim import make_schedule
+from separata_shared.translation import translation_step
+from separata_shared.translation.search import length_penalty
 from torch import Tensor, nn
 
 GROUPS = {

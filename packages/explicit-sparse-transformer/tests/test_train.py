@@ -6,20 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from separata_explicit_sparse_transformer import train as train_module
 from separata_explicit_sparse_transformer.build import build_model
 from separata_explicit_sparse_transformer.config import AttentionConfig, DecodeConfig, ModelConfig
 from separata_explicit_sparse_transformer.data import DataConfig, load
 from separata_explicit_sparse_transformer.generate import load_run, translate_lines
 from separata_explicit_sparse_transformer.model import TopKAttention
-from separata_explicit_sparse_transformer.train import (
-    top_k_schedule,
-    train,
-    translation_step,
-    validation_loss,
-    with_vocabulary,
-)
+from separata_explicit_sparse_transformer.train import top_k_schedule, train
 from separata_shared.training import Run, TrainConfig, read_weights
+from separata_shared.translation import train as train_module
 from torch import Tensor
 
 Settings = dict[str, Any]
@@ -152,35 +146,6 @@ def test_without_a_schedule_nothing_is_done_before_a_step() -> None:
         )
     )
     assert top_k_schedule(model, AttentionConfig()) is None
-
-
-def test_validation_loss_counts_tokens_and_not_batches(trained_run: Path) -> None:
-    trained = load_run(trained_run)
-    valid = load(trained.data).valid
-    whole = validation_loss(trained.network, valid, 10_000)
-    parts = validation_loss(trained.network, valid, 20)
-    assert whole["loss"] == pytest.approx(parts["loss"], abs=1e-6)
-    assert whole["perplexity"] == pytest.approx(math.exp(whole["loss"]), rel=1e-12)
-    step = translation_step(0.0)
-    sums = [0.0, 0.0]
-    with torch.no_grad():
-        for n in range(len(valid)):
-            loss = step(trained.network, valid.batch([n]))
-            sums[0] += loss.total.item()
-            sums[1] += loss.count.item()
-    assert sums[1] == len(valid.target.tokens)
-    assert whole["loss"] == pytest.approx(sums[0] / sums[1], abs=1e-6)
-
-
-def test_vocabulary_sizes_come_from_the_data_or_must_equal_them(small: Settings) -> None:
-    corpus = load(small["data"])
-    assert with_vocabulary(small["model"], corpus).target_vocabulary_size == 10  # 6 and 4 special
-    stated = replace(small["model"], source_vocabulary_size=10, target_vocabulary_size=10)
-    assert with_vocabulary(stated, corpus) == stated
-    for side in ("source", "target"):
-        other = replace(small["model"], **{f"{side}_vocabulary_size": 11})
-        with pytest.raises(ValueError, match=rf"model\.{side}_vocabulary_size: is 11, .* 10 types"):
-            with_vocabulary(other, corpus)
 
 
 def refused(settings: Settings, run: Path, message: str) -> None:

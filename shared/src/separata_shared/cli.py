@@ -12,7 +12,9 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import partial
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -21,7 +23,11 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_
 from separata_shared.files import read_text
 
 Verb = Callable[..., object] | str
-"""A function, or ``module:function`` to import it only when it is used."""
+"""A function, or ``module:function`` to import it only when it is used.
+
+It may also be a ``functools.partial`` that gives the first arguments, with a line of documentation
+below it.
+"""
 
 
 def main(
@@ -126,25 +132,36 @@ def _summary(verb: Verb) -> str:
     if not isinstance(verb, str):
         return (inspect.getdoc(verb) or "").partition("\n")[0]
     module, _, name = verb.partition(":")
-    spec = importlib.util.find_spec(module)
+    package, *parts = module.split(".")
+    spec = importlib.util.find_spec(package)  # of a part it would import the package
     assert spec is not None
-    assert spec.origin is not None
-    for node in ast.parse(read_text(spec.origin)).body:
+    folder = Path(next(iter(spec.submodule_search_locations or ())))
+    source = folder.joinpath(*parts).with_suffix(".py")
+    body = ast.parse(read_text(source)).body
+    for node, after in pairwise([*body, ast.Pass()]):
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return (ast.get_docstring(node) or "").partition("\n")[0]
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return str(ast.literal_eval(ast.unparse(after))).partition("\n")[0]
     raise AssertionError(f"{module} has no function {name}")
 
 
 def _parser(function: Callable[..., object], program: str) -> ArgumentParser:
-    description = (inspect.getdoc(function) or "").partition("\nArgs:")[0].strip()
+    whole, given = _whole(function)
+    description = (inspect.getdoc(whole) or "").partition("\nArgs:")[0].strip()
     parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
     parser.add_argument(
         "--config",
         action="config",
         help="Name of a shipped configuration, or path of a YAML file (default: tiny)",
     )
-    parser.add_function_arguments(function, as_group=False)
+    parser.add_function_arguments(whole, as_group=False, skip={given})
     return parser
+
+
+def _whole(function: Callable[..., object]) -> tuple[Callable[..., object], int]:
+    """The function under a ``partial``, and how many of its first arguments that gives."""
+    return (function.func, len(function.args)) if isinstance(function, partial) else (function, 0)
 
 
 def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -185,7 +202,7 @@ def _settings(
     for key in settings.keys() - own.keys():
         if not any(key in inspect.signature(_load(verb)).parameters for verb in verbs.values()):
             raise ValueError(f"{path}: unknown key {key!r}")
-    types = get_type_hints(function)
+    types = get_type_hints(_whole(function)[0])
     for key in settings.keys() & own.keys():
         if is_dataclass(types.get(key)) and not isinstance(settings[key], dict):
             raise ValueError(f"{path}: {key}: must hold settings, not {settings[key]!r}")

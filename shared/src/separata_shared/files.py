@@ -114,6 +114,12 @@ def read_lines(path: Path | str) -> list[str]:
     return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
 
 
+def find_file(directory: Path, name: str) -> Path | None:
+    """The file of that name in a directory, plain or as ``read_bytes`` decompresses it."""
+    candidates = (directory / f"{name}{ending}" for ending in ("", ".gz", ".xz"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def sha256(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:

@@ -4,9 +4,9 @@ from separata_shared.cli import main as run_command
 
 PACKAGE = "separata_explicit_sparse_transformer"
 VERBS = {
-    "prepare": f"{PACKAGE}.prepare:prepare",
+    "prepare": "separata_shared.translation.preparation:prepare",
     "train": f"{PACKAGE}.train:train",
-    "average-checkpoints": f"{PACKAGE}.average:average_checkpoints",
+    "average-checkpoints": "separata_shared.training.average:average_checkpoints",
     "generate": f"{PACKAGE}.generate:generate",
     "evaluate": f"{PACKAGE}.evaluate:evaluate",
     "plot-attention": f"{PACKAGE}.plot:plot_attention",

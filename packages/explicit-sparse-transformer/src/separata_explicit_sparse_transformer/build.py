@@ -5,27 +5,12 @@ from functools import partial
 
 import torch
 from separata_shared.attention import Attend, dense_attention, topk_attention
-from separata_shared.data.vocabulary import PAD
-from separata_shared.nn import (
-    Decoder,
-    Encoder,
-    PostNorm,
-    PreNorm,
-    SinusoidalPositions,
-    TokenEmbedding,
-)
-from torch import Tensor, nn
+from separata_shared.translation.model import AttendFactory, Site, build_transformer
+from torch import Tensor
 
 from . import patterns, selection
-from .config import AttentionConfig, ModelConfig, Site
-from .model import (
-    AttendFactory,
-    ExplicitSparseTransformer,
-    InputEmbedding,
-    TopKAttention,
-    decoder_layer,
-    encoder_layer,
-)
+from .config import AttentionConfig, ModelConfig
+from .model import ExplicitSparseTransformer, TopKAttention
 
 
 def build_model(
@@ -43,62 +28,9 @@ def build_model(
     Raises:
         ValueError: A vocabulary size is missing, or tables of different sizes shall be shared.
     """
-    source, target, output = _tables(config)
-    attend = attend or attend_factory(config.attention)
-    residuals = {"post": PostNorm, "pre": PreNorm}
-    residual = partial(residuals[config.normalisation], config.width, dropout=config.dropout)
-    final_norm: Callable[[], nn.Module | None] = {
-        "post": lambda: None,
-        "pre": lambda: nn.LayerNorm(config.width),
-    }[config.normalisation]
-    return ExplicitSparseTransformer(
-        source=InputEmbedding(source, _positions(config), dropout=config.dropout),
-        encoder=Encoder(
-            [
-                encoder_layer(config, attend("encoder_self", n), residual)
-                for n in range(config.encoder_layers)
-            ],
-            final_norm=final_norm(),
-        ),
-        target=InputEmbedding(target, _positions(config), dropout=config.dropout),
-        decoder=Decoder(
-            [
-                decoder_layer(config, attend("decoder_self", n), attend("cross", n), residual)
-                for n in range(config.decoder_layers)
-            ],
-            final_norm=final_norm(),
-        ),
-        output=output,
-        padding_index=PAD,
+    return build_transformer(
+        config, ExplicitSparseTransformer, attend=attend or attend_factory(config.attention)
     )
-
-
-def _positions(config: ModelConfig) -> SinusoidalPositions:
-    return SinusoidalPositions(config.width, padding_index=PAD, max_length=config.max_length)
-
-
-def _tables(
-    config: ModelConfig,
-) -> tuple[nn.Module, nn.Module, Callable[[Tensor], Tensor]]:
-    """Source table, target table and output projection, shared as configured."""
-    for name in ("source_vocabulary_size", "target_vocabulary_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"model.{name}: must be set before a model can be built")
-    target = TokenEmbedding(config.target_vocabulary_size, width=config.width, padding_index=PAD)
-    if config.embeddings == "joint":
-        if config.source_vocabulary_size != config.target_vocabulary_size:
-            raise ValueError(
-                "model.embeddings: joint tables need one vocabulary, but the source has "
-                f"{config.source_vocabulary_size} types and the target "
-                f"{config.target_vocabulary_size}"
-            )
-        return target, target, target.project
-    source = TokenEmbedding(config.source_vocabulary_size, width=config.width, padding_index=PAD)
-    if config.embeddings == "target":
-        return source, target, target.project
-    output = nn.Linear(config.width, config.target_vocabulary_size, bias=False)
-    nn.init.normal_(output.weight, std=config.width**-0.5)
-    return source, target, output
 
 
 def attend_factory(config: AttentionConfig) -> AttendFactory:

@@ -3,11 +3,14 @@
 A YAML file holds one group per dataclass (``model``, ``data``, ``train``, ``decode``).
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-Site = Literal["encoder_self", "decoder_self", "cross"]
+from separata_shared.translation import DecodeConfig, TransformerConfig
+from separata_shared.translation.model import Site
+
+__all__ = ["SITES", "AttentionConfig", "DecodeConfig", "ModelConfig", "Site"]
+
 SITES: tuple[Site, ...] = ("encoder_self", "decoder_self", "cross")
 _PATTERNS = ("out_of_window", "window", "block", "dilated", "global", "random", "big_bird")
 
@@ -106,67 +109,15 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Sizes and wiring of the encoder-decoder."""
-
-    width: int = 512
-    """Model width M."""
-
-    num_heads: int = 8
-    """Attention heads H."""
-
-    hidden_width: int = 2048
-    """Inner width of the feed-forward layers."""
-
-    encoder_layers: int = 6
-    """Number of encoder layers."""
-
-    decoder_layers: int = 6
-    """Number of decoder layers."""
-
-    dropout: float = 0.1
-    """Dropout after each sub-layer and on the embeddings."""
-
-    attention_dropout: float = 0.0
-    """Dropout on the attention weights."""
-
-    activation_dropout: float = 0.0
-    """Dropout after the feed-forward activation."""
-
-    normalisation: Literal["post", "pre"] = "post"
-    """Layer normalisation after the residual sum, or before the sub-layer."""
-
-    embeddings: Literal["joint", "target", "separate"] = "joint"
-    """Tables shared by source, target and output (``joint``), by target and output only
-    (``target``), or by none (``separate``)."""
-
-    max_length: int = 1024
-    """Longest sequence in tokens, end mark included."""
-
-    source_vocabulary_size: int = 0
-    """Source types V; 0 takes the number from the prepared data."""
-
-    target_vocabulary_size: int = 0
-    """Target types V; 0 takes the number from the prepared data."""
+class ModelConfig(TransformerConfig):
+    """Sizes, wiring and attention of the encoder-decoder."""
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """The sparse attention."""
 
     def __post_init__(self) -> None:
         """Check what the types cannot say."""
-        layers = ("encoder_layers", "decoder_layers")
-        for name in ("width", "num_heads", "hidden_width", *layers):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: must be at least 1, got {getattr(self, name)}")
-        if self.max_length < 2:
-            raise ValueError(f"model.max_length: must be at least 2, got {self.max_length}")
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"model.num_heads: {self.num_heads} heads do not divide width {self.width}"
-            )
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: must be in [0, 1), got {getattr(self, name)}")
+        super().__post_init__()
         top_k, deepest = self.attention.top_k, max(self.encoder_layers, self.decoder_layers)
         if isinstance(top_k, list):
             if len(top_k) < deepest:
@@ -178,39 +129,3 @@ class ModelConfig:
                     raise ValueError(
                         f"model.attention.top_k: {len(row)} entries for {self.num_heads} heads"
                     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """Beam search and the protocol that scores its output."""
-
-    beam: int = 5
-    """Hypotheses kept per sentence."""
-
-    length_penalty: Literal["power", "gnmt"] = "power"
-    """``power`` divides by length^alpha (fairseq), ``gnmt`` by ((5+length)/6)^alpha (t2t)."""
-
-    alpha: float = 1.0
-    """Exponent of the length penalty."""
-
-    max_length_factor: float = 1.0
-    """Longest output = factor * source length + constant."""
-
-    max_length_constant: int = 50
-    """Longest output = factor * source length + constant."""
-
-    max_tokens: int = 4000
-    """Padded source tokens of one batch times beam."""
-
-    def __post_init__(self) -> None:
-        """Check what the types cannot say."""
-        for name in ("beam", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"decode.{name}: must be at least 1, got {getattr(self, name)}")
-        for name, least in (("max_length_factor", 0), ("max_length_constant", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(
-                    f"decode.{name}: must be at least {least}, got {getattr(self, name)}"
-                )
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"decode.alpha: must be a number, got {self.alpha}")

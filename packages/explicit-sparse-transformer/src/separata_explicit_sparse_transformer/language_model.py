@@ -24,11 +24,11 @@ from separata_shared.metrics import bits_per_character
 from separata_shared.training import Loss, Run, TrainConfig, TrainResult, distributed, fit
 from separata_shared.training.optim import clip_each_norm
 from separata_shared.training.weights import load_weights
+from separata_shared.translation.scoring import SCORES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import DataConfig, load_characters
-from .evaluate import SCORES
 from .span import AdaptiveSpan, SpanLanguageModel, build_span_language_model
 
 Symbols = NDArray[np.integer[Any]]

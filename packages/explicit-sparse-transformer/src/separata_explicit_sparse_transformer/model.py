@@ -17,26 +17,11 @@ Shapes: B batch, T target length (queries), S source length (keys), H heads, D w
 M model width, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
-from separata_shared.attention import Attend, dense_attention, topk_attention
-from separata_shared.nn import (
-    Decoder,
-    DecoderLayer,
-    DecoderState,
-    Encoder,
-    EncoderLayer,
-    FeedForward,
-    MultiHeadAttention,
-    padding_mask,
-)
+from separata_shared.attention import dense_attention, topk_attention
+from separata_shared.nn import MultiHeadAttention, Transformer
 from torch import Tensor, nn
-
-from .config import ModelConfig, Site
-
-AttendFactory = Callable[[Site, int], Attend]
-"""Gives the attention function of one site in one layer."""
 
 
 class TopKAttention(nn.Module):
@@ -72,134 +57,13 @@ class TopKAttention(nn.Module):
         return f"top_k={self.top_k}, ties={self.ties!r}"
 
 
-class InputEmbedding(nn.Module):
-    """Scaled token vectors plus positions, with dropout.
+class ExplicitSparseTransformer(Transformer):
+    """The Transformer whose attentions are those it was built with, sparse where configured.
 
-    Args:
-        tokens: Table of token vectors, possibly shared with another part of the model.
-        positions: Module that gives a vector for the position of each token.
-        dropout: Share of the sums set to zero in training.
+    Eq. 6 is the self-attention of ``separata_shared.nn.EncoderLayer`` and ``DecoderLayer``, Eq. 7
+    the cross-attention of the latter; the output projection gives the logits of Eq. 8.
+    ``build_model(ModelConfig(...))`` composes one.
     """
-
-    def __init__(self, tokens: nn.Module, positions: nn.Module, *, dropout: float) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.positions = positions
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, tokens: Tensor, *, offset: int = 0) -> Tensor:
-        """Embed ``tokens`` (B,T), the first of which stands at position ``offset``: (B,T,M)."""
-        embedded: Tensor = self.dropout(self.tokens(tokens) + self.positions(tokens, offset=offset))
-        return embedded
-
-
-def encoder_layer(
-    config: ModelConfig, attend: Attend, residual: Callable[[], nn.Module]
-) -> EncoderLayer:
-    """One encoder layer: explicit sparse self-attention, then the feed-forward network."""
-    return EncoderLayer(
-        _attention(config, attend),  # Eq. 6
-        _feed_forward(config),
-        residual=residual,
-    )
-
-
-def decoder_layer(
-    config: ModelConfig,
-    self_attend: Attend,
-    cross_attend: Attend,
-    residual: Callable[[], nn.Module],
-) -> DecoderLayer:
-    """One decoder layer: self-attention as in the encoder, context attention, feed-forward."""
-    return DecoderLayer(
-        _attention(config, self_attend),
-        _attention(config, cross_attend),  # Eq. 7
-        _feed_forward(config),
-        residual=residual,
-    )
-
-
-def _attention(config: ModelConfig, attend: Attend) -> MultiHeadAttention:
-    return MultiHeadAttention(
-        config.width, config.num_heads, attend=attend, dropout=config.attention_dropout
-    )
-
-
-def _feed_forward(config: ModelConfig) -> FeedForward:
-    return FeedForward(config.width, config.hidden_width, dropout=config.activation_dropout)
-
-
-class ExplicitSparseTransformer(nn.Module):
-    """Encoder-decoder whose attentions are those it was built with.
-
-    ``build_model(ModelConfig(...))`` composes one; the parts are arguments so that any of them
-    can be another module.
-
-    Args:
-        source: Embedding of the source tokens.
-        encoder: Stack of encoder layers.
-        target: Embedding of the target tokens.
-        decoder: Stack of decoder layers.
-        output: Projection of the decoder states to the vocabulary.
-        padding_index: Token that fills short sequences and is never attended.
-    """
-
-    def __init__(
-        self,
-        *,
-        source: nn.Module,
-        encoder: Encoder,
-        target: nn.Module,
-        decoder: Decoder,
-        output: Callable[[Tensor], Tensor],
-        padding_index: int,
-    ) -> None:
-        super().__init__()
-        self.source = source
-        self.encoder = encoder
-        self.target = target
-        self.decoder = decoder
-        self.output = output
-        self.padding_index = padding_index
-
-    def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode source tokens.
-
-        Args:
-            source: Tokens (B,S), padded on either side.
-
-        Returns:
-            States (B,S,M) and the mask (B,1,1,S) of the positions that may be attended.
-        """
-        mask = padding_mask(source, self.padding_index)
-        return self.encoder(self.source(source), mask=mask), mask
-
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Score every next token given the true tokens before it.
-
-        Args:
-            source: Source tokens (B,S).
-            target: Decoder input (B,T): the target sentence moved one place to the right.
-
-        Returns:
-            Logits (B,T,V).
-        """
-        memory, mask = self.encode(source)
-        states = self.decoder(self.target(target), memory, memory_mask=mask)
-        return self.output(states)  # Eq. 8
-
-    def start(self, source: Tensor) -> DecoderState:
-        """Encode ``source`` (B,S) and make the state of a decoder that has read nothing yet."""
-        memory, mask = self.encode(source)
-        return self.decoder.start(memory, memory_mask=mask)
-
-    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """Score the tokens after ``tokens`` (N,): logits (N,V); N is a multiple of B.
-
-        ``state`` is updated in place.
-        """
-        embedded = self.target(tokens[:, None], offset=state.length)
-        return self.output(self.decoder.step(embedded, state)[:, -1])
 
 
 def sparse_attentions(model: nn.Module) -> dict[str, MultiHeadAttention]:

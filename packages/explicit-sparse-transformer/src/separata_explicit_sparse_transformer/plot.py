@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from separata_shared.data.vocabulary import EOS
 from separata_shared.files import atomic_write, write_json
-from separata_shared.nn import record_attention
+from separata_shared.nn import Transformer, record_attention
 from separata_shared.training import Run
+from separata_shared.translation.search import encode_line
 from torch import Tensor
 
 from .data import Split, load
-from .generate import TrainedModel, encode_line, load_run, translate
-from .model import ExplicitSparseTransformer
+from .generate import TrainedModel, load_run, translate
 
 Maps = dict[str, NDArray[np.float32]]
 """Attention weights (H,T,S) of one sentence pair, by module name."""
@@ -109,7 +109,7 @@ def plot_span(*, runs: list[Path] | None = None, output: Path = Path("runs/span.
 
 
 @torch.no_grad()
-def attention_maps(model: ExplicitSparseTransformer, source: Tensor, target: Tensor) -> Maps:
+def attention_maps(model: Transformer, source: Tensor, target: Tensor) -> Maps:
     """Attention weights of one sentence pair.
 
     Args:

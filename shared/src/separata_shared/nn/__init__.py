@@ -8,6 +8,7 @@ from separata_shared.nn.layer import DecoderLayer, EncoderLayer
 from separata_shared.nn.recording import record_attention
 from separata_shared.nn.residual import PostNorm, PreNorm, SandwichNorm
 from separata_shared.nn.stack import Decoder, Encoder
+from separata_shared.nn.transformer import InputEmbedding, Transformer
 
 __all__ = [
     "Decoder",
@@ -16,6 +17,7 @@ __all__ = [
     "Encoder",
     "EncoderLayer",
     "FeedForward",
+    "InputEmbedding",
     "LearnedPositions",
     "MultiHeadAttention",
     "PostNorm",
@@ -23,6 +25,7 @@ __all__ = [
     "SandwichNorm",
     "SinusoidalPositions",
     "TokenEmbedding",
+    "Transformer",
     "padding_mask",
     "record_attention",
 ]

@@ -1,12 +1,19 @@
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from separata_explicit_sparse_transformer.average import average_checkpoints
-from separata_explicit_sparse_transformer.evaluate import evaluate
+from separata_shared import translation
+from separata_shared.nn import Transformer
 from separata_shared.training import Run, read_weights, save_weights
+from separata_shared.training.average import average_checkpoints
+from separata_shared.translation import TransformerConfig, build_transformer
+
+load_run = partial(
+    translation.load_run, TransformerConfig, partial(build_transformer, kind=Transformer)
+)
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def test_an_average_is_no_training_step(run: Path, tmp_path: Path) -> None:
 
 def test_averaged_weights_can_be_evaluated(run: Path) -> None:
     path = average_checkpoints(run=run, last=3)
-    assert evaluate(run=run, weights=path)["weights"] == "average.safetensors"
+    assert translation.evaluate(load_run, run=run, weights=path)["weights"] == "average.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from separata_explicit_sparse_transformer import datasets
-from separata_explicit_sparse_transformer import prepare as preparation
-from separata_explicit_sparse_transformer.data import DataConfig, load, load_characters
-from separata_explicit_sparse_transformer.prepare import prepare
+from separata_shared.data import characters
+from separata_shared.translation import (
+    DataConfig,
+    corpora,
+    load,
+    load_characters,
+    preparation,
+    prepare,
+)
 
 LANGUAGES = {"multi30k": ("en", "de"), "iwslt15_en_vi": ("en", "vi")}
 
@@ -136,7 +141,7 @@ def write_archive(path: Path, *, leave_out: str = "") -> None:
         f"train.tags.de-en.{language}": "".join(f"{line}\n" for line in lines)
         for language, lines in training.items()
     }
-    for name in datasets.IWSLT14_TESTS:
+    for name in corpora.IWSLT14_TESTS:
         for language in ("de", "en"):
             files[f"IWSLT14.{name}.de-en.{language}.xml"] = (
                 '<doc docid="1">\n<title>skip</title>\n'
@@ -155,7 +160,7 @@ def write_archive(path: Path, *, leave_out: str = "") -> None:
 
 def test_the_archive_is_prepared_by_the_recipe(tmp_path: Path) -> None:
     write_archive(tmp_path / "de-en.tgz")
-    text = datasets.iwslt14_archive(tmp_path / "de-en.tgz", lambda line, _: line)
+    text = corpora.iwslt14_archive(tmp_path / "de-en.tgz", lambda line, _: line)
     # Title and description lose their tags and stay, three kinds of lines go, then two pairs: one
     # for its ratio of lengths and one for its empty side. 47 pairs are left.
     clean = ["ein titel hier", "ted talk: beschreibung", *[f"satz nummer {n}" for n in range(45)]]
@@ -173,26 +178,26 @@ def test_the_archive_is_prepared_by_the_recipe(tmp_path: Path) -> None:
 )
 def test_clean_pairs(source: int, target: int, clean: bool) -> None:
     words = " ".join(["w"] * source), " ".join(["w"] * target)
-    assert datasets._is_clean(*words) is clean
-    assert datasets._is_clean(*words[::-1]) is clean
+    assert corpora._is_clean(*words) is clean
+    assert corpora._is_clean(*words[::-1]) is clean
 
 
 def test_damaged_and_incomplete_archives_are_named(tmp_path: Path) -> None:
     path = tmp_path / "de-en.tgz"
     write_archive(path, leave_out="train.tags.de-en.en")
     with pytest.raises(ValueError, match=r"de-en\.tgz: has no file train\.tags\.de-en\.en"):
-        datasets.iwslt14_archive(path, lambda line, _: line)
+        corpora.iwslt14_archive(path, lambda line, _: line)
     write_archive(path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"de-en\.tgz: not a readable archive"):
-        datasets.iwslt14_archive(path, lambda line, _: line)
+        corpora.iwslt14_archive(path, lambda line, _: line)
 
 
 def test_the_other_direction_exchanges_the_sides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_archive(tmp_path / "raw" / "de-en.tgz")
-    monkeypatch.setattr(datasets, "moses", lambda: lambda line, _: line)
+    monkeypatch.setattr(corpora, "moses", lambda: lambda line, _: line)
     forward = preparation.read_raw(config(tmp_path, "iwslt14_de_en"))
     backward = preparation.read_raw(
         config(tmp_path, "iwslt14_de_en", source_language="en", target_language="de")
@@ -216,7 +221,7 @@ WHOLE = bytes(range(97, 123)) * 3 + b"one two three four five" + b"\xff"
 @pytest.fixture
 def small_enwik8(monkeypatch: pytest.MonkeyPatch) -> bytes:
     """Let 102 bytes be the whole of enwik8."""
-    monkeypatch.setattr(datasets, "ENWIK8_PARTS", (80, 10, 12))
+    monkeypatch.setattr(characters, "ENWIK8_PARTS", (80, 10, 12))
     checksum = hashlib.md5(WHOLE, usedforsecurity=False).hexdigest()
     monkeypatch.setattr(preparation, "_ENWIK8_MD5", checksum)
     assert len(WHOLE) == 102

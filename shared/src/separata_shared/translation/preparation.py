@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from separata_shared.files import atomic_write, sha256, write_text
 
-from . import datasets, storage
-from .data import (
-    CHARACTERS,
+from separata_shared.data.characters import enwik8, number_characters
+from separata_shared.data.prepared import new_directory, seal
+from separata_shared.files import atomic_write, find_file, sha256, write_text
+from separata_shared.translation import corpora
+from separata_shared.translation.config import CHARACTERS, DataConfig
+from separata_shared.translation.data import (
     SPLITS,
     Corpus,
-    DataConfig,
     learn_vocabularies,
-    number_characters,
     settings,
     tokenise,
 )
@@ -50,13 +50,13 @@ def prepare(*, data: DataConfig) -> None:
         print(f"{data.dataset}: made when it is loaded, nothing to prepare")
         return
     directory = Path(data.prepared)
-    with storage.new_directory(directory) as fresh:
+    with new_directory(directory) as fresh:
         if data.dataset in CHARACTERS:
             files, details = _prepare_characters(data, fresh)
         else:
             files, details = _prepare_pairs(data, fresh)
         raw = {f"{path.parent.name}/{path.name}": sha256(path) for path in files}
-        manifest = storage.seal(fresh, settings(data), {**details, "raw": raw})
+        manifest = seal(fresh, settings(data), {**details, "raw": raw})
     for name, checksum in raw.items():
         print(f"{checksum}  {name}  (read)")
     for name, entry in manifest["files"].items():
@@ -65,7 +65,7 @@ def prepare(*, data: DataConfig) -> None:
         print(f"{name}: " + ", ".join(f"{value:,} {key}" for key, value in counts.items()))
 
 
-def read_raw(data: DataConfig) -> datasets.Text:
+def read_raw(data: DataConfig) -> corpora.Text:
     """Lines of a parallel data set; missing files of a public one are downloaded.
 
     Raises:
@@ -74,24 +74,24 @@ def read_raw(data: DataConfig) -> datasets.Text:
     raw, languages = Path(data.raw), (data.source_language, data.target_language)
     match data.dataset:
         case "sample":
-            return datasets.sample()
+            return corpora.sample()
         case "text" if raw.is_file():
-            return datasets.one_table(raw)
+            return corpora.one_table(raw)
         case "multi30k":
             for name in _each_file(_MULTI30K_NAMES, languages):
                 _download(f"{_MULTI30K}/{name}.gz", raw, name)
-            return datasets.parallel_files(raw, *languages, names=_MULTI30K_NAMES)
+            return corpora.parallel_files(raw, *languages, names=_MULTI30K_NAMES)
         case "iwslt15_en_vi":
             for name in _each_file(_IWSLT15_NAMES, languages):
                 _download(f"{_IWSLT15}/{name}", raw, name)
-            return datasets.parallel_files(raw, *languages, names=_IWSLT15_NAMES)
-        case "iwslt14_de_en" if not datasets.find(raw, "train.de"):
+            return corpora.parallel_files(raw, *languages, names=_IWSLT15_NAMES)
+        case "iwslt14_de_en" if not find_file(raw, "train.de"):
             _download(_IWSLT14, raw, "de-en.tgz")
-            text = datasets.iwslt14_archive(raw / "de-en.tgz", datasets.moses())
+            text = corpora.iwslt14_archive(raw / "de-en.tgz", corpora.moses())
             # The archive is read as German to English; the direction is the configuration's.
             return text if languages == ("de", "en") else text.reversed()
         case _:
-            return datasets.parallel_files(raw, *languages)
+            return corpora.parallel_files(raw, *languages)
 
 
 def _each_file(names: tuple[str, ...], languages: tuple[str, str]) -> list[str]:
@@ -140,9 +140,9 @@ def _prepare_characters(
     data: DataConfig, directory: Path
 ) -> tuple[tuple[Path, ...], dict[str, Any]]:
     raw = Path(data.raw)
-    if not any(raw.glob("train.*")) and not datasets.find(raw, "enwik8"):
+    if not any(raw.glob("train.*")) and not find_file(raw, "enwik8"):
         _download(_ENWIK8, raw, "enwik8.zip")
-    (train, valid, test), files = datasets.enwik8(raw)
+    (train, valid, test), files = enwik8(raw)
     if len(files) == 1:
         _check_enwik8(files[0], train + valid + test)
     characters = number_characters(train[: data.train_bytes or None], valid, test)
@@ -171,7 +171,7 @@ def _download(url: str, raw: Path, name: str) -> None:
     Raises:
         ValueError: It cannot be fetched; the message says where to put it.
     """
-    if datasets.find(raw, name):
+    if find_file(raw, name):
         return
     path = raw / url.rsplit("/", 1)[-1]
     print(f"fetching {url}")

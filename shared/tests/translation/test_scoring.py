@@ -1,16 +1,27 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sacrebleu.metrics.bleu import BLEU
-from separata_explicit_sparse_transformer.data import load
-from separata_explicit_sparse_transformer.evaluate import PROTOCOLS, evaluate, score
-from separata_explicit_sparse_transformer.generate import load_run, translate_lines
-from separata_explicit_sparse_transformer.train import validation_loss
+from separata_shared import translation
+from separata_shared.nn import Transformer
+from separata_shared.translation import (
+    TransformerConfig,
+    build_transformer,
+    load,
+    translate_lines,
+    validation_loss,
+)
+from separata_shared.translation.scoring import PROTOCOLS, score
+
+load_run = partial(
+    translation.load_run, TransformerConfig, partial(build_transformer, kind=Transformer)
+)
+evaluate = partial(translation.evaluate, load_run)
 
 
 @pytest.fixture
@@ -117,12 +128,3 @@ def test_data_with_another_vocabulary_is_refused(run: Path) -> None:
     with pytest.raises(ValueError, match="run: was made with another vocabulary"):
         evaluate(run=run)
     assert not (run / "scores.json").exists()
-
-
-def test_selection_can_be_dropped_for_prediction(run: Path) -> None:
-    trained = load_run(run)
-    dense = replace(trained.model, attention=replace(trained.model.attention, phase="train"))
-    test = load(trained.data).test
-    sparse_loss = validation_loss(trained.network, test, 160)
-    dense_loss = validation_loss(load_run(run, model=dense).network, test, 160)
-    assert sparse_loss != dense_loss
