@@ -3,7 +3,13 @@
 from separata_shared.cli import main as run_command
 
 PACKAGE = "separata_adanorm"
-VERBS: dict[str, str] = {}
+VERBS = {
+    "prepare": "separata_shared.translation.preparation:prepare",
+    "train": f"{PACKAGE}.train:train",
+    "average-checkpoints": "separata_shared.training.average:average_checkpoints",
+    "generate": f"{PACKAGE}.generate:generate",
+    "evaluate": f"{PACKAGE}.evaluate:evaluate",
+}
 
 
 def main() -> None:
