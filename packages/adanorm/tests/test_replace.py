@@ -255,7 +255,7 @@ class TestOtherStyles:
         model = VisionTransformer()
         model.blocks[1].norm2 = norm(WIDTH)
         before = classes(model)
-        with pytest.raises(ValueError, match=rf"^blocks\.1\.norm2 \({norm.__name__}\) does not"):
+        with pytest.raises(ValueError, match=rf"^blocks\.1\.norm2: {norm.__name__} does not"):
             replace_norms(model, "ada_norm")
         assert classes(model) == before
         assert len(replace_norms(model, "ada_norm", exclude="blocks.1.norm2")) == 5
@@ -425,7 +425,7 @@ class TestGains:
         model = trained(VisionTransformer())
         model.table = nn.Embedding(3, WIDTH)
         model.table.weight = model.head.weight  # type: ignore[union-attr]
-        with pytest.raises(ValueError, match="head cannot take up the gain of norm: .* tied"):
+        with pytest.raises(ValueError, match=r"head cannot take up the gain of norm: .* tied"):
             replace_norms(model, "ada_norm", include="norm", consumers={"norm": ["head"]})
 
     def test_a_map_without_bias_is_refused_only_for_a_bias(self) -> None:

@@ -90,10 +90,10 @@ def objection(norm: nn.Module) -> str | None:
     kind = type(norm).__name__
     shape, affine = shape_of(norm), affine_of(norm)
     if not shape:
-        return f"({kind}) does not say its width"
+        return f"{kind} does not say its width"
     parameter = next(norm.parameters(), torch.empty(0))
     if parameter.is_meta:
-        return f"({kind}) cannot be tried while its parameters are not in memory"
+        return f"{kind} cannot be tried while its parameters are not in memory"
     x = torch.randn((3, 5, *shape), generator=torch.Generator().manual_seed(0))
     x = (2 * x + 1).to(parameter)
     try:
@@ -102,7 +102,7 @@ def objection(norm: nn.Module) -> str | None:
         same = torch.allclose(output, expected, rtol=1e-2, atol=1e-2)
     except Exception:  # whatever a foreign module raises, it is no layer norm
         same = False
-    return None if same else f"({kind}) does not normalise the last dimension as LayerNorm does"
+    return None if same else f"{kind} does not normalise the last dimension as LayerNorm does"
 
 
 def is_final(model: nn.Module, name: str) -> bool:

@@ -1,6 +1,6 @@
 """Other norms in anybody's model, with a report of what happened to every one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -224,15 +224,20 @@ def _choose(
     if not chosen:
         others = f"; there are {', '.join(norms)}" if norms else ""
         raise ValueError(f"the model has no norm to replace with scope={scope!r}{others}")
-    strange = {
-        name: reason
-        for name in chosen
-        if (reason := objection(model.get_submodule(name))) is not None
-    }
-    if strange:
-        listed = "; ".join(f"{name} {reason}" for name, reason in strange.items())
-        raise ValueError(f"{listed}; exclude what shall stay as it is")
+    _check_sorts(model, chosen)
     return chosen, left
+
+
+def _check_sorts(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse modules that are only called layer norms."""
+    reasons: dict[str, list[str]] = {}
+    for name in names:
+        reason = objection(model.get_submodule(name))
+        if reason is not None:
+            reasons.setdefault(reason, []).append(name)
+    if reasons:
+        listed = "; ".join(f"{', '.join(found)}: {text}" for text, found in reasons.items())
+        raise ValueError(f"{listed}; exclude what shall stay as it is")
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -17,6 +17,7 @@ So the derivative of the mean re-centres the gradient, and that of s makes its v
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
@@ -94,7 +95,7 @@ def gradient_statistics(model: nn.Module, loss: Callable[[], Tensor]) -> list[Gr
             raise ValueError("the loss has no gradient; was it computed under torch.no_grad()?")
         found = [call for call in calls if call.output is not None]
         tensors = [t for call in found for t in (call.x, call.output) if t is not None]
-        gradients = iter(torch.autograd.grad(total, tensors, allow_unused=True))
+        gradients = iter(torch.autograd.grad(total, tensors, allow_unused=True) if tensors else ())
     sums: dict[str, Tensor] = {}
     for call, leaving, arriving in zip(found, gradients, gradients, strict=True):
         if leaving is not None and arriving is not None:
@@ -148,8 +149,8 @@ def _leave(calls: list[_Call], norm: nn.Module, inputs: Any, output: Tensor) -> 
 
 def _sums(norm: nn.Module, x: Tensor, arriving: Tensor, leaving: Tensor) -> Tensor:
     """Number of rows, sums of six statistics over the rows, violations: (cases, 8)."""
-    dims, width = len(shape_of(norm)), x[(0,) * (x.dim() - len(shape_of(norm)))].numel()
-    x, g, dx = (t.double().flatten(-dims).reshape(-1, width) for t in (x, arriving, leaving))
+    width = math.prod(shape_of(norm) or x.shape[-1:])
+    x, g, dx = (tensor.double().reshape(-1, width) for tensor in (x, arriving, leaving))
     g = g * _slope(norm, x)
     kept = (g != 0).any(dim=-1)
     x, g, dx = x[kept], g[kept], dx[kept]
