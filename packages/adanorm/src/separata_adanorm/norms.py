@@ -13,83 +13,27 @@ order in which the method needs them; the numbers are ours. ``x (..., H)`` is on
     Eq. 6   z = sg(phi(y)) y                             AdaNorm
     Eq. 7   z = sg(x) + y                                GradNorm, in the authors' code only
 
-Half precision is normalised in float32 and returned in its own precision, under autocast too.
+``reference.py`` spells them out, ``fused.py`` holds the fast forms. The statistics of half
+precision are computed in float32 and the result has the precision of the input, under autocast too.
+The derivative of a gradient is that of the graph with what is detached held constant.
 """
 
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import fused
+from . import reference as spelled_out
+from .shapes import Shape, check_input, check_shape
+
 Convention = Literal["official", "torch"]
 """``official``: authors' code, ``torch``: paper and ``nn.LayerNorm``; see Eq. 2."""
 
-Shape = int | tuple[int, ...] | list[int] | torch.Size
-Impl = Literal["auto", "reference"]
-
-
-def layer_norm_simple(
-    x: Tensor,
-    eps: float = 1e-5,
-    convention: Convention = "official",
-    *,
-    normalized_shape: Shape | None = None,
-    impl: Impl = "auto",
-) -> Tensor:
-    """LayerNorm without gain and bias (Eq. 3).
-
-    Args:
-        x: ``(..., H)``, any rank.
-        eps: Keeps the division finite.
-        convention: Which of the two denominators, see Eq. 2.
-        normalized_shape: The last dimensions, over which to normalise; by default the last one.
-        impl: Implementation.
-
-    Returns:
-        ``(..., H)``.
-    """
-    return detach_norm(
-        x,
-        eps,
-        convention,
-        detach_mean=False,
-        detach_std=False,
-        normalized_shape=normalized_shape,
-        impl=impl,
-    )
-
-
-def detach_norm(
-    x: Tensor,
-    eps: float = 1e-5,
-    convention: Convention = "official",
-    *,
-    detach_mean: bool = True,
-    detach_std: bool = True,
-    normalized_shape: Shape | None = None,
-    impl: Impl = "auto",
-) -> Tensor:
-    """LayerNorm-simple whose mean, standard deviation or both are constants of the backward pass.
-
-    Eq. 4. The output is that of ``layer_norm_simple``; with both detached the gradient is
-    ``g / s``.
-
-    Args:
-        x: ``(..., H)``, any rank.
-        eps: Keeps the division finite.
-        convention: Which of the two denominators, see Eq. 2.
-        detach_mean: Whether the mean is a constant; its derivative re-centres the gradient.
-        detach_std: Whether the deviation is a constant; its derivative re-scales the gradient.
-        normalized_shape: The last dimensions, over which to normalise; by default the last one.
-        impl: Implementation.
-
-    Returns:
-        ``(..., H)``.
-    """
-    width = check_input(x, normalized_shape, convention)
-    y = _normalise(x, width, eps, convention, detach_mean, detach_std)
-    return y.view(x.shape).to(x.dtype)
+Impl = Literal["auto", "reference", "eager", "native", "triton"]
+"""``auto`` is ``native`` on a CPU and ``triton`` on a GPU where they can run, else ``eager``."""
 
 
 def ada_norm(
@@ -113,17 +57,56 @@ def ada_norm(
         C: Mean of the scaling of a row.
         k: Slope of the scaling.
         eps: Keeps the division finite.
-        convention: Which of the two denominators, see Eq. 2.
+        convention: Which standard deviation, see Eq. 2.
         normalized_shape: The last dimensions, over which to normalise; by default the last one.
         impl: Implementation.
 
     Returns:
-        ``(..., H)``.
+        As ``x``.
     """
-    width = check_input(x, normalized_shape, convention)
-    y = _normalise(x, width, eps, convention, detach_mean=False, detach_std=False)
-    phi = (C * (1 - k * y)).detach()  # Eq. 5
-    return (phi * y).view(x.shape).to(x.dtype)  # Eq. 6
+    return _norm(x, None, normalized_shape, C, k, eps, convention, impl)[0]
+
+
+def layer_norm_simple(
+    x: Tensor,
+    eps: float = 1e-5,
+    convention: Convention = "official",
+    *,
+    normalized_shape: Shape | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """LayerNorm without gain and bias (Eq. 3); arguments as in ``ada_norm``."""
+    return _norm(x, None, normalized_shape, 1.0, 0.0, eps, convention, impl)[0]
+
+
+def detach_norm(
+    x: Tensor,
+    eps: float = 1e-5,
+    convention: Convention = "official",
+    *,
+    detach_mean: bool = True,
+    detach_std: bool = True,
+    normalized_shape: Shape | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """LayerNorm-simple with mean, deviation or both as constants of the backward pass (Eq. 4).
+
+    The output is that of ``layer_norm_simple``; with both detached the gradient is ``g / s``.
+
+    Args:
+        x: ``(..., H)``, any rank.
+        eps: Keeps the division finite.
+        convention: Which standard deviation, see Eq. 2.
+        detach_mean: Whether the mean is a constant; its derivative re-centres the gradient.
+        detach_std: Whether the deviation is a constant; its derivative shrinks the gradient.
+        normalized_shape: The last dimensions, over which to normalise; by default the last one.
+        impl: Implementation.
+
+    Returns:
+        As ``x``.
+    """
+    detach = (detach_mean, detach_std)
+    return _norm(x, None, normalized_shape, 1.0, 0.0, eps, convention, impl, detach)[0]
 
 
 def grad_norm(
@@ -134,20 +117,53 @@ def grad_norm(
     normalized_shape: Shape | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The input, with the gradient of LayerNorm-simple (Eq. 7): ``sg(x) + y``.
+    """``sg(x) + y`` with the gradient of LayerNorm-simple (Eq. 7); arguments as in ``ada_norm``."""
+    y = layer_norm_simple(x, eps, convention, normalized_shape=normalized_shape, impl=impl)
+    return x.detach() + y
+
+
+def add_ada_norm(
+    x: Tensor,
+    residual: Tensor,
+    C: float = 1.0,
+    k: float = 0.1,
+    eps: float = 1e-5,
+    convention: Convention = "official",
+    *,
+    normalized_shape: Shape | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``x + residual`` and its AdaNorm, in one pass over memory.
 
     Args:
         x: ``(..., H)``, any rank.
+        residual: Of the shape and precision of ``x``.
+        C: Mean of the scaling of a row.
+        k: Slope of the scaling.
         eps: Keeps the division finite.
-        convention: Which of the two denominators, see Eq. 2.
+        convention: Which standard deviation, see Eq. 2.
         normalized_shape: The last dimensions, over which to normalise; by default the last one.
         impl: Implementation.
 
     Returns:
-        ``(..., H)``.
+        The sum and the norm of it, each as ``x``.
     """
-    y = layer_norm_simple(x, eps, convention, normalized_shape=normalized_shape, impl=impl)
-    return x.detach() + y
+    normed, total = _norm(x, residual, normalized_shape, C, k, eps, convention, impl)
+    return total, normed
+
+
+def add_layer_norm_simple(
+    x: Tensor,
+    residual: Tensor,
+    eps: float = 1e-5,
+    convention: Convention = "official",
+    *,
+    normalized_shape: Shape | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``x + residual`` and its LayerNorm-simple; arguments and results as in ``add_ada_norm``."""
+    normed, total = _norm(x, residual, normalized_shape, 1.0, 0.0, eps, convention, impl)
+    return total, normed
 
 
 def clipped_layer_norm(
@@ -177,8 +193,8 @@ def clipped_layer_norm(
     """
     if not 0.0 <= fraction <= 0.5:
         raise ValueError(f"fraction must lie between 0 and 0.5, not {fraction}")
-    width = check_input(x, normalized_shape, "torch")
-    shape = x.shape[-1:] if normalized_shape is None else as_tuple(normalized_shape)
+    shape = check_input(x, normalized_shape, "torch")
+    width = math.prod(shape)
     rows = x.reshape(-1, width)
     count = max(int(width * fraction), 1)
     lowest = rows.topk(count, dim=1, largest=False).values[:, -1:]
@@ -187,68 +203,43 @@ def clipped_layer_norm(
     return F.layer_norm(clipped, shape, weight, bias, eps)
 
 
-def _normalise(
-    x: Tensor, width: int, eps: float, convention: Convention, detach_mean: bool, detach_std: bool
-) -> Tensor:
-    """Rows ``y (R, H)`` of Eq. 3 and 4, in float32 or float64."""
-    rows = x.reshape(-1, width)
-    rows = rows if x.dtype == torch.float64 else rows.float()
-    mu = rows.mean(dim=1, keepdim=True)  # Eq. 1
-    sigma = rows.std(dim=1, correction=int(convention == "official"), keepdim=True)
-    if detach_mean:
-        mu = mu.detach()
-    if detach_std:
-        sigma = sigma.detach()
-    if convention == "official":  # Eq. 2
-        s = sigma + eps
-    else:  # hypot: the square of sigma would overflow
-        s = torch.hypot(sigma, sigma.new_tensor(eps).sqrt())
-    return (rows - mu) / s
-
-
-def as_tuple(shape: Shape) -> tuple[int, ...]:
-    """The normalised dimensions as a tuple."""
-    return (shape,) if isinstance(shape, int) else tuple(shape)
-
-
-def check_shape(shape: Shape, convention: str) -> tuple[int, ...]:
-    """The normalised dimensions, checked.
-
-    Raises:
-        ValueError: They are no sizes, or a single entry in the official convention.
-    """
-    sizes = as_tuple(shape)
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"normalized_shape must hold positive sizes, not {shape!r}")
-    if convention not in ("official", "torch"):
-        raise ValueError(f"convention must be 'official' or 'torch', not {convention!r}")
-    if convention == "official" and max(sizes) == 1:
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    shape: Shape | None,
+    C: float,
+    k: float,
+    eps: float,
+    convention: Convention,
+    impl: Impl,
+    detach: tuple[bool, bool] = (False, False),
+) -> tuple[Tensor, Tensor]:
+    """Norm and sum; ``detach`` says whether mean and deviation are constants."""
+    width = math.prod(check_input(x, shape, convention))
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ValueError(
-            "the official convention divides by H - 1, so it cannot normalise H = 1 feature; "
-            "use convention='torch'"
+            f"residual must have the shape and precision of x, {tuple(x.shape)} and {x.dtype}, "
+            f"not {tuple(residual.shape)} and {residual.dtype}"
         )
-    return sizes
-
-
-def check_input(x: Tensor, shape: Shape | None, convention: str) -> int:
-    """Check ``x`` against the normalised dimensions and return ``H``.
-
-    Raises:
-        ValueError: They do not fit.
-    """
-    if not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor, not {x.dtype}")
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension")
-    sizes = check_shape(x.shape[-1:] if shape is None else shape, convention)
-    if tuple(x.shape[-len(sizes) :]) != sizes:
-        raise ValueError(
-            f"the last dimensions of x must be normalized_shape {sizes}, not {tuple(x.shape)}"
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, not {impl!r}")
+    official = convention == "official"
+    if impl == "reference":
+        total = x if residual is None else x + residual
+        output = spelled_out.norm(
+            total,
+            width,
+            C=C,
+            k=k,
+            eps=eps,
+            official=official,
+            detach_mean=detach[0],
+            detach_std=detach[1],
         )
-    width = 1
-    for size in sizes:
-        width *= size
-    return width
+        return output, total
+    options = (width, float(C), float(k), float(eps), official, *detach, impl)
+    output, total, _, _ = fused.norm(x, residual, *options)
+    return output, total
 
 
 class LayerNormSimple(nn.Module):

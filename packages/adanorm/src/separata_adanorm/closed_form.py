@@ -1,0 +1,103 @@
+"""The norms and their gradients as formulas, in PyTorch; runs on any device and in any precision.
+
+With ``y = (x - mu) / s`` and ``h = g (C - C k y)``, the gradient of a row is
+
+    dx = (h - mean(h) - y sum(h y) r) / s
+
+with ``r = s / ((H - 1) sigma)`` in the official convention and ``1 / H`` in that of torch. A mean
+that is detached leaves out the second term, a deviation that is detached the third.
+"""
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, width: int, C: float, k: float, eps: float, official: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalise rows of ``x + residual``.
+
+    Args:
+        x: ``(..., H)`` or more dimensions that hold rows of ``width`` numbers.
+        residual: As ``x``, or None.
+        width: ``H``.
+        C: Mean of the scaling.
+        k: Slope of the scaling.
+        eps: Keeps the division finite.
+        official: Whether the convention is the official one.
+
+    Returns:
+        Output and sum as ``x`` (no sum without a residual: an empty tensor), mean and standard
+        deviation of the rows ``(R,)``.
+    """
+    total = x if residual is None else x + residual
+    rows = computed(total).reshape(-1, width)
+    sigma, mean = torch.std_mean(rows, dim=1, correction=int(official))
+    y = (rows - mean[:, None]) / spread(sigma, eps, official)[:, None]
+    output = (y * (C - C * k * y)).to(x.dtype).view(x.shape)
+    if residual is None:
+        return output, x.new_empty(0), mean, sigma
+    return output, total.contiguous(), mean, sigma
+
+
+def backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    sigma: Tensor,
+    *,
+    C: float,
+    k: float,
+    eps: float,
+    official: bool,
+    detach_mean: bool,
+    detach_std: bool,
+) -> Tensor:
+    """Gradient of the input from that of the output.
+
+    Args:
+        grad: Gradient of the output, as ``x``.
+        grad_total: Gradient of the sum, or None.
+        x: What was normalised: the input, or its sum with the residual.
+        mean: ``(R,)``.
+        sigma: ``(R,)``.
+        C: Mean of the scaling.
+        k: Slope of the scaling.
+        eps: Keeps the division finite.
+        official: Whether the convention is the official one.
+        detach_mean: Whether the mean is a constant.
+        detach_std: Whether the deviation is a constant.
+
+    Returns:
+        As ``x``.
+    """
+    rows = computed(x).reshape(len(mean), -1)
+    width = rows.shape[1]
+    mean, sigma = mean[:, None], sigma[:, None]
+    s = spread(sigma, eps, official)
+    y = (rows - mean) / s
+    h = computed(grad).reshape(rows.shape) * (C - C * k * y)
+    dx = h
+    if not detach_mean:
+        dx = dx - h.mean(dim=1, keepdim=True)
+    if not detach_std:
+        products = (h * y).sum(dim=1, keepdim=True)
+        if official:  # divided by sigma first: both vanish together
+            shrink = torch.where(sigma > 0, products / sigma * (s / (width - 1)), 0)
+        else:
+            shrink = products / width
+        dx = dx - y * shrink
+    dx = (dx / s).view(x.shape)
+    return (dx if grad_total is None else dx + grad_total).to(x.dtype)
+
+
+def spread(sigma: Tensor, eps: float, official: bool) -> Tensor:
+    """What a row is divided by: ``sigma + eps`` or ``sqrt(sigma^2 + eps)``."""
+    # The square of a large sigma would overflow.
+    return sigma + eps if official else torch.hypot(sigma, sigma.new_tensor(eps**0.5))
+
+
+def computed(x: Tensor) -> Tensor:
+    """In the precision of the computation: float32, or float64 for float64."""
+    return x if x.dtype == torch.float64 else x.float()

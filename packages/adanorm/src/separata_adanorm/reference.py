@@ -1,0 +1,69 @@
+"""The norms as the equations of ``norms.py`` say them; autograd finds the gradient."""
+
+import torch
+from torch import Tensor
+
+from .closed_form import computed, spread
+
+
+def norm(
+    x: Tensor,
+    width: int,
+    *,
+    C: float,
+    k: float,
+    eps: float,
+    official: bool,
+    detach_mean: bool,
+    detach_std: bool,
+) -> Tensor:
+    """Normalise rows of ``x`` and scale them by the constant ``C (1 - k y)``.
+
+    Args:
+        x: ``(..., H)`` or more dimensions that hold rows of ``width`` numbers.
+        width: ``H``.
+        C: Mean of the scaling.
+        k: Slope of the scaling.
+        eps: Keeps the division finite.
+        official: Whether the convention is the official one.
+        detach_mean: Whether the mean is a constant of the backward pass.
+        detach_std: Whether the deviation is a constant of the backward pass.
+
+    Returns:
+        As ``x``.
+    """
+    rows = computed(x).reshape(-1, width)
+    mu = rows.mean(dim=1, keepdim=True)  # Eq. 1
+    sigma = rows.std(dim=1, correction=int(official), keepdim=True)
+    s = spread(sigma, eps, official)  # Eq. 2
+    y = (rows - (mu.detach() if detach_mean else mu)) / (s.detach() if detach_std else s)
+    phi = C * (1 - k * y.detach())  # Eq. 5
+    return (phi * y).to(x.dtype).view(x.shape)  # Eq. 6
+
+
+def differentiate_twice(
+    grad: Tensor, x: Tensor, grad_grad: Tensor, width: int, **options: float | bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``sum(dx * grad_grad)`` where ``dx`` is the gradient of ``norm`` for ``grad``.
+
+    What is detached stays a constant; the results can be differentiated again.
+
+    Returns:
+        For ``grad`` and for ``x``.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        grad, x = (
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (grad, x)
+        )
+        output = norm(x, width, **options)  # type: ignore[arg-type]
+        (dx,) = torch.autograd.grad(output, x, grad, create_graph=True)
+        first, second = torch.autograd.grad(
+            dx,
+            (grad, x),
+            grad_grad,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    return first, second
