@@ -26,6 +26,7 @@ PACKAGES = sorted(file.parent.relative_to(ROOT) for file in ROOT.glob("packages/
 PROJECTS = [SHARED, *PACKAGES]
 
 TORCH = "torch==2.13.0"
+BENCH = ["ninja", "x-transformers"]
 BUILD = ["build", "hatchling"]
 CONTRACT = ["pytest", "pyyaml"]
 DOCS = ["sphinx", "myst-parser", "furo", "pyyaml"]
@@ -245,10 +246,13 @@ def number(folder: Path, place: str) -> str:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time the operations, after their parity; write CSV. The arguments go to each benchmark."""
-    install(session, *everything())
-    scripts = sorted(str(file) for project in PROJECTS for file in project.glob("benchmarks/*.py"))
-    run_all(session, [["python", script, *session.posargs] for script in scripts])
+    """Time the operations, after their parity; ``-- attention --threads 2`` for one, with options."""
+    install(session, *everything(), *BENCH)
+    name, *options = session.posargs or ["[a-z]*"]  # an underscore begins the names of helpers
+    scripts = sorted(
+        str(file) for project in PROJECTS for file in project.glob(f"benchmarks/{name}.py")
+    )
+    run_all(session, [["python", script, *options] for script in scripts])
 
 
 @nox.session(venv_backend="none")
@@ -267,7 +271,7 @@ def results(session: nox.Session) -> None:
 @nox.session
 def lock(session: nox.Session) -> None:
     """Rewrite constraints.txt from a clean install of everything that any session installs."""
-    tools = {*BUILD, *CONTRACT, *DOCS, *IMPORTS, *LINT, *TYPES, *UNIT}
+    tools = {*BENCH, *BUILD, *CONTRACT, *DOCS, *IMPORTS, *LINT, *TYPES, *UNIT}
     session.install("--no-compile", TORCH, *everything(), *sorted(tools))
     frozen = str(session.run("python", "-m", "pip", "freeze", silent=True)).splitlines()
     # Our own packages come from paths; a local suffix such as +cpu depends on the machine.

@@ -29,7 +29,7 @@ def commands() -> dict[str, list[str]]:
     for project in PROJECTS:
         name = project.name
         tests[f"tests {name}"] = [python, "-m", "pytest", "-m", "gpu", str(project / "tests")]
-        for script in sorted(project.glob("benchmarks/*.py")):
+        for script in sorted(project.glob("benchmarks/[a-z]*.py")):
             benchmarks[f"benchmark {name} {script.stem}"] = [python, str(script)]
         if name != "shared":
             metadata = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))

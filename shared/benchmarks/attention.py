@@ -1,220 +1,182 @@
 """Times attention operations against dense attention, after checking that they are right.
 
-    python attention.py --sizes '[512, 1024]' --top_k '[8, 16]'
+    python attention.py --suites '[main]'
 
-The competitors take turns in one process; a time is process CPU time, so neighbours on a shared
-machine disturb little, and wall time on a GPU, after synchronisation. The ratio is to the faster
-dense implementation of the same round. An implementation that deviates from the reference is not
-timed, and the exit status is 1.
+The competitors take turns in one process; ``separata_shared.testing.timing`` explains the clocks.
+Ratios go to two baselines of the same rounds: torch's SDPA as users call it, and the best dense
+form, the fastest of SDPA and product-softmax-product, each with the default and with the ``medium``
+setting of float32 products. What deviates from its reference is not timed, and the exit status
+is 1.
 """
 
 import csv
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from _cases import Case, goals, suite
+from _competitors import ALL, DENSE, competitors
+from _operation import TOLERANCES, Operation
+from _step import Step
 from jsonargparse import auto_cli
-from separata_shared.attention import dense_attention, topk_attention
 from separata_shared.files import atomic_write
-from torch import Tensor
+from separata_shared.testing import timing
 
-Call = Callable[[], Tensor]
 Row = dict[str, Any]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Of the largest number: float32 sums in another order; half precision rounds to 8 bits or more.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
-DENSE = ("eager", "sdpa")
+Times = dict[str, list[float]]
+# Bytes taken at the start, and bytes beyond which allocations fail rather than fill the machine.
+READY, MEMORY = 4 * 2**30, 12 * 2**30
+# What a competitor that is not timed leaves empty.
+BLANK: Row = dict.fromkeys(
+    ("median_ms", "p20_ms", "p80_ms", "to_sdpa", "to_best_dense", "best_dense", "saved_mib")
+)
 
 
 def main(
-    sizes: list[int] = [512, 1024],  # noqa: B006
-    forward_sizes: list[int] = [],  # noqa: B006
-    top_k: list[int] = [8],  # noqa: B006
-    implementations: list[Literal["reference", "eager", "blocked"]] = ["eager", "blocked"],  # noqa: B006
-    batch: int = 1,
-    heads: int = 1,
-    width: int = 64,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    device: str | None = None,
+    suites: list[Literal["quick", "main", "full"]] = ["quick", "main"],  # noqa: B006
+    device: Literal["cpu", "cuda"] | None = None,
     threads: int = 1,
-    rounds: int = 7,
+    rounds: int = 15,
+    seconds: float = 20.0,
     output: Path | None = None,
 ) -> None:
-    """Time top-k attention and dense attention, print the table and write it as CSV.
+    """Time top-k attention and dense attention, print tables and write a CSV of each suite.
 
     Args:
-        sizes: Sequence lengths, timed forward and forward with backward.
-        forward_sizes: Further sequence lengths, timed forward only.
-        top_k: Numbers of kept keys.
-        implementations: Implementations of top-k attention.
-        batch: Sentences.
-        heads: Heads.
-        width: Width of a head.
-        dtype: Precision of the inputs.
-        device: Where to run, such as cpu; by default the accelerator where there is one.
-        threads: Threads on a CPU.
+        suites: ``quick`` is one small case, ``main`` the cases that have goals, ``full`` lengths
+            of 128 to 8192, k of 4 to 128, both precisions, causal and not.
+        device: Where to run; by default the GPU where there is one.
+        threads: Threads on a CPU; with more than one, times are wall time.
         rounds: Timings of each competitor.
-        output: CSV file; by default results/attention-DEVICE-DTYPE.csv beside this script.
+        seconds: Time for a case after which no further round begins; there are five at least.
+        output: Folder of the CSV files; by default results beside this script.
     """
     torch.set_num_threads(threads)
-    device = device or default_device()
-    rows: list[Row] = []
-    failed: list[str] = []
-    cases = [(n, mode) for n in sizes for mode in ("forward", "backward")]
-    cases += [(n, "forward") for n in forward_sizes]
-    for n, mode in cases:
-        shape = (batch, heads, n, width)
-        tensors = [torch.randn(shape, device=device, dtype=DTYPES[dtype]) for _ in range(3)]
-        for k in top_k:
-            competitors = {f"dense {name}": dense(tensors, name) for name in DENSE}
-            for name in implementations:
-                call = topk(tensors, name, k)
-                deviation = compare(call, topk(tensors, "reference", k), tensors, n <= 2048)
-                if deviation <= TOLERANCES[dtype]:
-                    competitors[f"topk {name}"] = call
-                else:
-                    failed.append(f"topk {name} n={n} k={k}: deviates by {deviation:.2g}")
-            times = measure(competitors, tensors, mode, rounds, device)
-            fixed = {**environment(device, threads), "shape": "x".join(map(str, shape))}
-            fixed |= {"dtype": dtype, "k": k, "mode": mode}
-            rows += [fixed | row for row in summary(times)]
-            for row in rows[-len(times) :]:
-                print_row(row)
-    path = output or Path(__file__).parent / "results" / f"attention-{device}-{dtype}.csv"
-    write(path, rows)
-    if failed:
-        sys.exit("not timed, since they are wrong:\n" + "\n".join(failed))
-
-
-def default_device() -> str:
-    """The accelerator, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
-
-
-def dense(tensors: list[Tensor], name: Any) -> Call:
-    """A dense competitor."""
-    return lambda: tensor(dense_attention(*tensors, impl=name))
-
-
-def topk(tensors: list[Tensor], name: Any, k: int) -> Call:
-    """A top-k competitor."""
-    return lambda: tensor(topk_attention(*tensors, top_k=k, impl=name))
-
-
-def tensor(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """The output alone; no competitor returns weights."""
-    assert isinstance(output, Tensor)
-    return output
-
-
-def compare(call: Call, reference: Call, tensors: list[Tensor], backward: bool) -> float:
-    """Largest deviation of output and gradients, as a share of the largest number."""
-    worst = 0.0
-    for found, wanted in zip(
-        run(call, tensors, backward), run(reference, tensors, backward), strict=True
-    ):
-        # Where two scores differ by a rounding the selections may differ, in single rows. A wrong
-        # implementation is wrong nearly everywhere.
-        deviation = (found - wanted).float().abs().flatten(0, -2).amax(-1)
-        worst = max(worst, float(deviation.quantile(0.99) / wanted.float().abs().max()))
-    return worst
-
-
-def run(call: Call, tensors: list[Tensor], backward: bool) -> list[Tensor]:
-    """The output, and with ``backward`` the gradients of its sum weighted by the query."""
-    for x in tensors:
-        x.requires_grad_(backward)
-    output = call()
-    if not backward:
-        return [output]
-    gradients = torch.autograd.grad(output, tensors, tensors[0].detach())
-    return [output.detach(), *gradients]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    clock = timing.make_clock(device, threads)
+    interleave = partial(timing.interleave, clock=clock, rounds=rounds, seconds=seconds)
+    for name in [name for name, competitor in ALL.items() if competitor.missing]:
+        print(f"{name} is not timed: its package is not installed")
+    machine = timing.environment(device, threads)
+    machine["copy_gb_s"] = round(timing.copy_bandwidth(device, clock) / 1e9, 1)
+    speeds = {
+        dtype: timing.peak_flops(getattr(torch, dtype), device, clock) for dtype in TOLERANCES
+    }
+    wrong = []
+    for name in suites:
+        rows: list[Row] = []
+        for case in suite(name, device):
+            machine["gemm_gflop_s"] = round(speeds[case.dtype] / 1e9, 1)
+            found, refused = measure(case, device, machine, interleave)
+            show(case, found)
+            rows += found
+            wrong += refused
+        stem = f"attention-{device}-{name}" + (f"-{threads}-threads" if threads > 1 else "")
+        folder = output or Path(__file__).parent / "results"
+        write(folder / f"{stem}.csv", rows)
+        if name == "main":
+            write(folder / f"{stem}-goals.csv", compare_with_goals(rows, device))
+    if wrong:
+        sys.exit("not timed, since their results are wrong:\n" + "\n".join(wrong))
 
 
 def measure(
-    competitors: dict[str, Call], tensors: list[Tensor], mode: str, rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds of each competitor in each round; the first round warms up and does not count."""
-    times: dict[str, list[float]] = {name: [] for name in competitors}
-    for _ in range(rounds + 1):
-        for name, call in competitors.items():
-            start = clock(device)
-            run(call, tensors, mode == "backward")
-            times[name].append(clock(device) - start)
-    return {name: seconds[1:] for name, seconds in times.items()}
-
-
-def clock(device: str) -> float:
-    """Seconds that count on this device."""
-    if torch.device(device).type == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def summary(times: dict[str, list[float]]) -> list[Row]:
-    """Median and spread in milliseconds, and the median ratio to the best dense competitor."""
-    baseline = [min(seconds) for seconds in zip(*(times[f"dense {x}"] for x in DENSE), strict=True)]
+    case: Case, device: str, machine: Row, interleave: Callable[..., Times]
+) -> tuple[list[Row], list[str]]:
+    """Check and time all competitors of a case; also name those that are wrong."""
+    problem = Step(case, device) if case.mode == "step" else Operation(case, device)
+    common = {**machine, **case.columns()}
+    floor = problem.floor(1e9 * machine["gemm_gflop_s"], 1e9 * machine["copy_gb_s"])
+    common["floor_ms"] = None if floor is None else round(1e3 * floor, 4)
+    notes: dict[str, str] = {}
+    saved, runs, wrong = {}, {}, []
+    for name, competitor in competitors(case, device).items():
+        try:
+            notes[name] = competitor.too_large(case)
+            deviation = 0.0 if notes[name] else problem.deviation(competitor)
+        except ValueError as error:  # from topk_attention: this implementation cannot serve
+            notes[name] = str(error)
+            continue
+        if deviation > 1.0:
+            notes[name] = f"wrong: deviates {deviation:.1f} times as far as is allowed"
+            if competitor.precision == "highest":  # on some CPUs "medium" rounds to bfloat16
+                wrong.append(f"{case}: {name}")
+        if not notes[name]:
+            saved[name] = problem.saved_mib(competitor)
+            runs[name] = problem.run(competitor)
+    times = interleave(runs)
     rows = []
-    for name, seconds in times.items():
-        ratios = [own / best for own, best in zip(seconds, baseline, strict=True)]
-        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-        rows.append(
+    for name, note in notes.items():
+        row = numbers(name, times) | {"saved_mib": saved[name]} if name in times else {}
+        rows.append({**common, "implementation": name, **BLANK, **row, "note": note})
+    return rows, wrong
+
+
+def numbers(name: str, times: Times) -> Row:
+    """Median and spread in milliseconds, and the median ratios to both baselines."""
+    best = min((x for x in DENSE if x in times), key=lambda x: statistics.median(times[x]))
+    median, low, high = (round(1e3 * x, 3) for x in timing.spread(times[name]))
+    return {
+        "median_ms": median,
+        "p20_ms": low,
+        "p80_ms": high,
+        "to_sdpa": round(timing.ratio(times[name], times["sdpa"]), 3),
+        "to_best_dense": round(timing.ratio(times[name], times[best]), 3),
+        "best_dense": best,
+    }
+
+
+def show(case: Case, rows: list[Row]) -> None:
+    """Print the table of a case."""
+    print(f"\n{case}, at least {rows[0]['floor_ms']} ms")
+    for row in rows:
+        print(f"  {row['implementation']:<16}", end="")
+        if row["note"]:
+            print(f"not timed: {row['note']}")
+            continue
+        print(
+            f"{row['median_ms']:>10.2f} ms ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"
+            f"{row['to_sdpa']:>8.3f} x SDPA{row['to_best_dense']:>8.3f} x {row['best_dense']}"
+            + (f"{row['saved_mib']:>8.1f} MiB saved" if row["saved_mib"] else "")
+        )
+    sys.stdout.flush()
+
+
+def compare_with_goals(rows: list[Row], device: str) -> list[Row]:
+    """Print and return one line for each goal."""
+    lines: list[Row] = []
+    print(f"\n{'case':<44}{'':<14}{'to SDPA':>9}{'goal':>7}{'to best dense':>15}{'goal':>7}")
+    for goal in goals(device):
+        wanted = {**goal.case.columns(), "implementation": goal.implementation}
+        row = next((row for row in rows if wanted.items() <= row.items()), BLANK)
+        lines.append(
             {
-                "implementation": name,
-                "median_ms": round(1e3 * statistics.median(seconds), 3),
-                "p20_ms": round(1e3 * fifths[0], 3),
-                "p80_ms": round(1e3 * fifths[-1], 3),
-                "ratio_to_dense": round(statistics.median(ratios), 3),
+                "case": str(goal.case),
+                "implementation": goal.implementation,
+                "to_sdpa": row["to_sdpa"],
+                "to_sdpa_goal": goal.to_sdpa,
+                "to_best_dense": row["to_best_dense"],
+                "to_best_dense_goal": goal.to_best_dense,
             }
         )
-    return rows
-
-
-def environment(device: str, threads: int) -> Row:
-    """What the numbers depend on besides the case."""
-    name = processor()
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name()
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {"device": name, **versions, "threads": threads}
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def print_row(row: Row) -> None:
-    """Print one line of the table."""
-    print(
-        f"{row['shape']:>16} {row['dtype']} k={row['k']:<4} {row['mode']:<9}"
-        f"{row['implementation']:<16}{row['median_ms']:>10.2f} ms"
-        f"  ({row['p20_ms']:.2f} to {row['p80_ms']:.2f}){row['ratio_to_dense']:>8.2f} x dense",
-        flush=True,
-    )
+        case, name, *values = ("" if x is None else x for x in lines[-1].values())
+        print("{:<44}{:<14}{:>9}{:>7}{:>15}{:>7}".format(case, name, *values))
+    return lines
 
 
 def write(path: Path, rows: list[Row]) -> None:
     """Write the rows as CSV."""
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     print(f"written to {path}")
 
 
 if __name__ == "__main__":
+    timing.keep_memory(ready=READY, limit=MEMORY)
     auto_cli(main)
