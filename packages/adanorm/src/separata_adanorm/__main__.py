@@ -9,6 +9,17 @@ VERBS = {
     "average-checkpoints": "separata_shared.training.average:average_checkpoints",
     "generate": f"{PACKAGE}.generate:generate",
     "evaluate": f"{PACKAGE}.evaluate:evaluate",
+    "train-images": f"{PACKAGE}.classify:train_images",
+    "evaluate-images": f"{PACKAGE}.classify:evaluate_images",
+    "train-sentences": f"{PACKAGE}.classify:train_sentences",
+    "evaluate-sentences": f"{PACKAGE}.classify:evaluate_sentences",
+    "train-parser": f"{PACKAGE}.parsing:train_parser",
+    "evaluate-parser": f"{PACKAGE}.parsing:evaluate_parser",
+    "parse": f"{PACKAGE}.parsing:parse",
+    "compare": f"{PACKAGE}.compare:compare",
+    "gradient-stats": f"{PACKAGE}.statistics:gradient_stats",
+    "plot-curves": f"{PACKAGE}.plot:plot_curves",
+    "plot-phi": f"{PACKAGE}.plot:plot_phi",
 }
 
 
