@@ -142,7 +142,7 @@ void* topk_forward(const Problem* p, int64_t* entries) {
     }
     for (size_t i = 0; i < tasks.size(); ++i) {
       result->first_row.push_back(row_number(*p, tasks[i], tasks[i].first));
-      result->entries += result->tasks[i].columns.size();
+      result->entries += result->tasks[i].entries;
     }
     *entries = result->entries;
     return result.release();
@@ -158,30 +158,37 @@ void topk_entries(void* kept, int32_t* offsets, int32_t* columns, float* weights
   int64_t entry = 0, row = 0;  // tasks are in the order of the rows
   offsets[0] = 0;
   for (const Kept& task : result->tasks) {
-    std::copy(task.columns.begin(), task.columns.end(), columns + entry);
-    std::copy(task.weights.begin(), task.weights.end(), weights + entry);
+    std::copy_n(task.columns.begin(), task.entries, columns + entry);
+    std::copy_n(task.weights.begin(), task.entries, weights + entry);
     for (const int32_t n : task.counts) offsets[++row] = static_cast<int32_t>(entry += n);
   }
 }
 
-// Writes the gradients; 0 if memory ran out.
+// Writes the gradients; 0 if memory ran out. A task for each head, or, where there are fewer heads
+// than threads, first tasks of rows and then tasks of keys.
 int topk_backward(const Problem* p, const Gradients* g) {
   try {
     const Level& level = level_of(*p);
-    const std::vector<Task> tasks = tasks_of(*p);
-    const auto rows = level.backward_rows[p->is_bf16];
-    if (!for_each_task(tasks.size(), p->threads, [&](int64_t i) { rows(*p, *g, tasks[i]); })) {
-      return 0;
-    }
     const int64_t heads = p->batch * p->num_kv_heads;
     const int64_t parts = std::min(p->source, (p->threads + heads - 1) / heads);
     const int64_t all_rows = p->num_heads / p->num_kv_heads * p->target;
+    const auto rows = level.backward_rows[p->is_bf16];
     const auto keys = level.backward_keys[p->is_bf16];
-    return for_each_task(heads * parts, p->threads, [&](int64_t i) {
-      const int64_t head = i / parts, part = i % parts;
-      const Task task = {head / p->num_kv_heads, head % p->num_kv_heads, 0, all_rows};
-      keys(*p, *g, task, p->source * part / parts, p->source * (part + 1) / parts);
-    });
+    std::vector<Task> tasks;
+    for (int64_t head = 0; head < heads; ++head) {
+      tasks.push_back({head / p->num_kv_heads, head % p->num_kv_heads, 0, all_rows});
+    }
+    if (parts == 1) {
+      return for_each_task(heads, p->threads, [&](int64_t i) { rows(*p, *g, tasks[i], true); });
+    }
+    const std::vector<Task> some = tasks_of(*p);
+    return for_each_task(some.size(), p->threads,
+                         [&](int64_t i) { rows(*p, *g, some[i], false); }) &&
+           for_each_task(heads * parts, p->threads, [&](int64_t i) {
+             const int64_t part = i % parts;
+             keys(*p, *g, tasks[i / parts], p->source * part / parts,
+                  p->source * (part + 1) / parts);
+           });
   } catch (const std::bad_alloc&) {
     return 0;
   }

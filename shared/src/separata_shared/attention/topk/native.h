@@ -1,6 +1,7 @@
 // What the kernels of every instruction set share: the problem, and what a task leaves behind.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -49,6 +50,25 @@ struct Task {
 struct Kept {
   std::vector<int32_t> counts, columns;
   std::vector<float> weights;
+  int64_t entries = 0;
+
+  void expect(int64_t rows, int64_t size) {
+    counts.reserve(rows);
+    columns.resize(size);
+    weights.resize(size);
+  }
+
+  // Ties may make more entries than expected.
+  void add(const int32_t* row_columns, const float* row_weights, int64_t n) {
+    if (entries + n > static_cast<int64_t>(columns.size())) {
+      columns.resize(2 * columns.size() + n);
+      weights.resize(2 * weights.size() + n);
+    }
+    std::copy(row_columns, row_columns + n, columns.begin() + entries);
+    std::copy(row_weights, row_weights + n, weights.begin() + entries);
+    entries += n;
+    counts.push_back(static_cast<int32_t>(n));
+  }
 };
 
 // Memory that starts on a cache line, for vectors of any width.
@@ -98,7 +118,7 @@ inline float dropout_factor(const Problem& p, int64_t row, int64_t column) {
 // What an instruction set offers; the first of each pair is for float, the second for bfloat16.
 struct Level {
   void (*forward_task[2])(const Problem&, const Task&, Kept&);
-  void (*backward_rows[2])(const Problem&, const Gradients&, const Task&);
+  void (*backward_rows[2])(const Problem&, const Gradients&, const Task&, bool with_keys);
   void (*backward_keys[2])(const Problem&, const Gradients&, const Task&, int64_t, int64_t);
 };
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from separata_shared import native
 from separata_shared.attention._entries import bias_gradient
@@ -120,17 +121,19 @@ def attend(
         Output ``(B, H, T, D_v)`` in the dtype of ``value``.
     """
     k = torch.as_tensor(top_k)
-    output: Tensor = _forward(query, key, value, k, mask, bias, causal, ties, dropout)[0]
+    arguments = (query, key, value, k, mask, bias, causal, ties, dropout)
+    output: Tensor
+    if torch.compiler.is_compiling():
+        output = _forward(*arguments)[0]
+    # The dispatcher's detours cost 0.2 ms a call, as much as the kernel for a short sequence.
+    elif torch.is_grad_enabled():
+        output = _Direct.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        output = forward(*arguments)[0]
     return output
 
 
-@torch.library.custom_op(
-    "separata::topk_attention_native",
-    mutates_args=(),
-    device_types="cpu",
-    tags=(torch.Tag.nondeterministic_seeded,),
-)
-def _forward(
+def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -142,19 +145,19 @@ def _forward(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output; columns ``(N,)``, weights ``(N,)`` and offsets ``(B H T + 1,)``; seed of dropout."""
-    shape = (*query.shape[:3], key.shape[2])
-    seed = torch.randint(2**62, (1,)) if dropout > 0.0 else torch.zeros(1, dtype=torch.long)
+    batch, num_heads, target, _ = query.shape
+    source = key.shape[2]
+    seed = torch.randint(2**62, (1,)) if dropout > 0.0 else top_k.new_empty(0)
     q, k, v = _prepared(query, key, value)
     output = _empty(query, v.shape[3], v.dtype)
-    rows_k = top_k.clamp(max=shape[3]).expand(shape[:3])
     problem = _problem(q, k, v, causal=causal, dropout=dropout, seed=seed)
-    problem.most_keys = int(top_k.max().clamp(max=shape[3]))
+    problem.most_keys = min(int(top_k.max()), source)
     problem.exact_ties = ties == "exact"
-    arguments = {"top_k": rows_k, "output": output}
+    arguments = {"top_k": top_k.expand(batch, num_heads, target), "output": output}
     if mask is not None:
-        arguments["mask"] = mask.expand(shape)
+        arguments["mask"] = mask.expand(batch, num_heads, target, source)
     if bias is not None:
-        arguments["bias"] = bias.float().expand(shape)
+        arguments["bias"] = bias.float().expand(batch, num_heads, target, source)
     _point(problem, **arguments)
 
     number = ctypes.c_int64()
@@ -165,39 +168,13 @@ def _forward(
         library().topk_entries(kept, None, None, None)
         raise ValueError(f"{number.value} kept keys are too many; ties='exact' keeps fewer")
     columns = torch.empty(number.value, dtype=torch.int32)
-    weights = torch.empty(number.value)
-    offsets = torch.empty(query[..., 0].numel() + 1, dtype=torch.int32)
+    weights = torch.empty(number.value, dtype=torch.float32)
+    offsets = torch.empty(batch * num_heads * target + 1, dtype=torch.int32)
     library().topk_entries(kept, offsets.data_ptr(), columns.data_ptr(), weights.data_ptr())
     return output.to(value.dtype), columns, weights, offsets, seed
 
 
-@_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    top_k: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    ties: str,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    entries = torch.library.get_ctx().new_dynamic_size()
-    batch, num_heads, target, _ = query.shape
-    return (
-        _empty(query, value.shape[3], value.dtype),
-        query.new_empty(entries, dtype=torch.int32),
-        query.new_empty(entries, dtype=torch.float32),
-        query.new_empty(batch * num_heads * target + 1, dtype=torch.int32),
-        query.new_empty(1, dtype=torch.long),
-    )
-
-
-@torch.library.custom_op(
-    "separata::topk_attention_native_backward", mutates_args=(), device_types="cpu"
-)
-def _backward(
+def backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -232,6 +209,59 @@ def _backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
+class _Direct(torch.autograd.Function):
+    """The kernels for eager code."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Arguments of ``forward``; its output alone."""
+        outputs = forward(*arguments)
+        _keep(ctx, arguments, outputs)
+        return outputs[0]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the arguments."""
+        return _gradients(ctx, backward(grad, *ctx.saved_tensors, ctx.causal, ctx.dropout))
+
+
+# The kernels for compiled code.
+_forward = torch.library.custom_op(
+    "separata::topk_attention_native",
+    forward,
+    mutates_args=(),
+    device_types="cpu",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+_backward = torch.library.custom_op(
+    "separata::topk_attention_native_backward", backward, mutates_args=(), device_types="cpu"
+)
+
+
+@_forward.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    top_k: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    ties: str,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    entries = torch.library.get_ctx().new_dynamic_size()
+    batch, num_heads, target, _ = query.shape
+    return (
+        _empty(query, value.shape[3], value.dtype),
+        query.new_empty(entries, dtype=torch.int32),
+        query.new_empty(entries, dtype=torch.float32),
+        query.new_empty(batch * num_heads * target + 1, dtype=torch.int32),
+        query.new_empty(1 if dropout > 0.0 else 0, dtype=torch.long),
+    )
+
+
 @_backward.register_fake
 def _(
     grad: Tensor,
@@ -250,10 +280,29 @@ def _(
     return query, key, value, query.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, _, _, bias, ctx.causal, _, ctx.dropout = inputs
+    ctx.bias = bias is not None and ctx.needs_input_grad[5]
+    ctx.save_for_backward(query, key, value, bias if ctx.bias else None, *output[1:])
+
+
+def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    grad_bias = grads[3] if ctx.bias else None
+    return (*grads[:3], None, None, grad_bias, None, None, None)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, _backward(grad, *ctx.saved_tensors, ctx.causal, ctx.dropout))
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
 def _prepared(*tensors: Tensor) -> list[Tensor]:
     """In one dtype that the kernels read, bfloat16 or float32, with contiguous widths."""
-    dtypes = {x.dtype for x in tensors}
-    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
+    dtype = torch.bfloat16
+    if any(x.dtype != dtype for x in tensors):
+        dtype = torch.float32
     converted = [x.to(dtype) for x in tensors]
     return [x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in converted]
 
@@ -283,7 +332,7 @@ def _problem(
         width=width,
         value_width=value.shape[3],
         causal=causal,
-        seed=int(seed),
+        seed=int(seed) if dropout > 0.0 else 0,
         threads=torch.get_num_threads(),
         level=LEVEL if LEVEL is not None else library().topk_best_level(),
         is_bf16=query.dtype == torch.bfloat16,
@@ -303,18 +352,3 @@ def _point(structure: ctypes.Structure, **tensors: Tensor) -> None:
         strides = getattr(structure, f"{name}_stride", None)
         if strides is not None:
             strides[:] = tensor.stride()[: len(strides)]
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, _, _, bias, ctx.causal, _, ctx.dropout = inputs
-    ctx.bias = bias is not None and ctx.needs_input_grad[5]
-    ctx.save_for_backward(query, key, value, bias if ctx.bias else None, *output[1:])
-
-
-def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward(grad, *ctx.saved_tensors, ctx.causal, ctx.dropout)
-    grad_bias = grads[3] if ctx.bias else None
-    return (*grads[:3], None, None, grad_bias, None, None, None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep)

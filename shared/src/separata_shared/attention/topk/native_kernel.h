@@ -86,12 +86,13 @@ INLINE float maximum(Vec x) {
 #endif
 }
 
-// e^x for x <= 0, also for -inf: 2^n e^r with |r| <= ln(2) / 2 and eight terms of the series.
+// e^x for x <= 0: 2^n e^r with |r| <= ln(2) / 2 and eight terms of the series. Results below the
+// normal numbers, which are slow to compute, are 0.
 INLINE Vec exponential(Vec x) {
-  x = larger(all(-104.0f), x);
-  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
+  const Vec bounded = larger(all(-87.0f), x);
+  const Ints n = __builtin_convertvector(bounded * 1.44269504f - 0.5f, Ints);
   const Vec whole = __builtin_convertvector(n, Vec);
-  const Vec r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;
+  const Vec r = (bounded - whole * 0.693145752f) - whole * 1.42860677e-6f;
   Vec y = all(1.0f / 5040);
   y = y * r + 1.0f / 720;
   y = y * r + 1.0f / 120;
@@ -100,11 +101,7 @@ INLINE Vec exponential(Vec x) {
   y = y * r + 0.5f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  // In two factors, since the smallest results are below the normal numbers.
-  const Ints half = n >> 1;
-  const Vec low = reinterpret_cast<Vec>((half + 127) << 23);
-  const Vec high = reinterpret_cast<Vec>((n - half + 127) << 23);
-  return y * low * high;
+  return x < -87.0f ? Vec{} : y * reinterpret_cast<Vec>((n + 127) << 23);
 }
 
 // ---------------------------------------------------------------- scores of panels of keys
@@ -295,10 +292,10 @@ TARGET float bound(const float* values, int64_t vectors, int64_t k, int64_t slac
   return low;
 }
 
-// Columns and scores of the scores that are at least t; V of them, LANES apart, have one maximum.
-template <int V>
-TARGET int64_t collect(const float* maxima, int64_t vectors, const float* scores, float t,
-                       int32_t* columns, float* found) {
+// Columns and scores of the scores that are at least t. A maximum stands for one lane of a number of
+// lines, vectors of scores.
+INLINE int64_t collect(const float* maxima, int64_t vectors, int64_t lines, const float* scores,
+                       float t, int32_t* columns, float* found) {
   int64_t n = 0;
   constexpr int STEP = 64 / LANES < 4 ? 64 / LANES : 4;
   for (int64_t i = 0; i < vectors; i += STEP) {
@@ -308,8 +305,8 @@ TARGET int64_t collect(const float* maxima, int64_t vectors, const float* scores
     }
     for (; mask; mask &= mask - 1) {
       const int64_t place = __builtin_ctzll(mask);
-      int64_t column = (i + place / LANES) * LANES * V + place % LANES;
-      for (int v = 0; v < V; ++v, column += LANES) {
+      int64_t column = (i + place / LANES) * LANES * lines + place % LANES;
+      for (int64_t line = 0; line < lines; ++line, column += LANES) {
         columns[n] = static_cast<int32_t>(column);
         found[n] = scores[column];
         n += scores[column] >= t;
@@ -365,7 +362,7 @@ TARGET void softmax(float* scores, int64_t n) {
   Vec total = Vec{};
   for (int64_t i = 0; i < vectors; ++i) {
     Vec x = load(scores + i * LANES);
-    x = x > LOWEST ? exponential(x - shift) : Vec{};
+    x = exponential(x - shift);
     store(scores + i * LANES, x);
     total += x;
   }
@@ -399,6 +396,10 @@ TARGET void weighted_sum(const T* rows, int64_t stride, const int32_t* columns, 
 }
 
 // ---------------------------------------------------------------- forward
+
+INLINE float score_scale(const Problem& p) {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.width)));
+}
 
 // Maxima of a number of vectors in fewer.
 TARGET void fold(const float* maxima, int64_t vectors, int64_t fewer, float* folded) {
@@ -488,14 +489,12 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
   Buffer<float> packed((again ? panels : 1) * PANEL * units), query(block * units);
   Buffer<float> scores(block * stride), maxima(block * panels * LANES), folded(wanted * LANES);
   const int64_t room = panels * PANEL + 2 * LANES;
-  Buffer<float> candidates(room), order(room);
+  Buffer<float> weights(room), order(room);
   Buffer<int32_t> columns(room);
-  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.width)));
+  const float scale = score_scale(p);
   const T* key = at(static_cast<const T*>(p.key), p.key_stride, task.batch, task.kv_head, 0);
   const T* value = at(static_cast<const T*>(p.value), p.value_stride, task.batch, task.kv_head, 0);
-  kept.counts.reserve(rows);
-  kept.columns.reserve(rows * std::min(p.most_keys, keys));
-  kept.weights.reserve(rows * std::min(p.most_keys, keys));
+  kept.expect(rows, rows * std::min(p.most_keys, keys));
   int64_t ready = 0;  // panels packed
 
   for (int64_t first = task.first; first < task.last; first += block) {
@@ -525,6 +524,9 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
       float* keys_of = packed.get() + (again ? start * units : 0);
       if (!again || panel == ready) {
         pack(key + start * p.key_stride[2], p.key_stride[2], width, p.width, keys_of);
+        for (int64_t j = start; j < start + width; ++j) {  // soon read in no order
+          prefetch(value + j * p.value_stride[2], p.value_width);
+        }
         ready = panel + 1;
       }
       const int64_t vectors = up(width, LANES) / LANES;
@@ -545,39 +547,36 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
     for (int64_t row = first; row < last; ++row) {
       const int64_t head = row_head(p, task, row), time = row % p.target;
       const int64_t k = *at(p.top_k, p.top_k_stride, task.batch, head, time);
+      const int64_t limit = row_limit(p, row, keys);
       const float* values = scores.get() + (row - first) * stride;
-      const float* most = maxima.get() + (row - first) * panels * LANES;
-      const int64_t limit = row_limit(p, row, keys), vectors = up(limit, PANEL) / PANEL;
       int64_t found;
       if (direct) {
-        const int64_t all_vectors = up(limit, LANES) / LANES;
-        const float t = bound(values, all_vectors, k, 0);
-        found = collect<1>(values, all_vectors, values, t, columns.get(), candidates.get());
+        const int64_t vectors = up(limit, LANES) / LANES;
+        const float t = bound(values, vectors, k, 0);
+        found = collect(values, vectors, 1, values, t, columns.get(), weights.get());
       } else {
-        const float* bounds = most;
-        if (vectors > wanted) {
-          fold(most, vectors, wanted, folded.get());
-          bounds = folded.get();
-        }
+        const float* most = maxima.get() + (row - first) * panels * LANES;
+        const int64_t vectors = up(limit, PANEL) / PANEL;
+        if (vectors > wanted) fold(most, vectors, wanted, folded.get());
+        const float* bounds = vectors > wanted ? folded.get() : most;
         const float t = bound(bounds, std::min(vectors, wanted), k, k / 8);
-        found = collect<VECTORS>(most, vectors, values, t, columns.get(), candidates.get());
+        const int64_t lines = vectors > 1 ? VECTORS : up(limit, LANES) / LANES;
+        found = collect(most, vectors, lines, values, t, columns.get(), weights.get());
       }
-      for (int64_t i = 0; i < found && i < 2 * LANES; ++i) {
+      for (int64_t i = 0; i < std::min<int64_t>(found, 2 * LANES); ++i) {
         prefetch(value + columns.get()[i] * p.value_stride[2], p.value_width);
       }
-      found = keep(columns.get(), candidates.get(), found, k, p.exact_ties, order.get());
-      softmax(candidates.get(), found);
-      kept.counts.push_back(static_cast<int32_t>(found));
-      kept.columns.insert(kept.columns.end(), columns.get(), columns.get() + found);
-      kept.weights.insert(kept.weights.end(), candidates.get(), candidates.get() + found);
+      found = keep(columns.get(), weights.get(), found, k, p.exact_ties, order.get());
+      softmax(weights.get(), found);
+      kept.add(columns.get(), weights.get(), found);
       if (p.dropout > 0) {
         const int64_t number = row_number(p, task, row);
         for (int64_t i = 0; i < found; ++i) {
-          candidates.get()[i] *= dropout_factor(p, number, columns.get()[i]);
+          weights.get()[i] *= dropout_factor(p, number, columns.get()[i]);
         }
       }
       T* output = at(static_cast<T*>(p.output), p.output_stride, task.batch, head, time);
-      weighted_sum(value, p.value_stride[2], columns.get(), candidates.get(), found, p.value_width,
+      weighted_sum(value, p.value_stride[2], columns.get(), weights.get(), found, p.value_width,
                    1.0f, output);
     }
   }
@@ -586,7 +585,7 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
 // ---------------------------------------------------------------- backward
 
 template <class T>
-TARGET float dot(const T* a, const T* b, int64_t width) {
+INLINE float dot(const T* a, const T* b, int64_t width) {
   Vec total[2] = {};
   int64_t d = 0;
   for (; d + 2 * LANES <= width; d += 2 * LANES) {
@@ -599,35 +598,8 @@ TARGET float dot(const T* a, const T* b, int64_t width) {
   return found;
 }
 
-// Gradients of the kept scores and of the queries:
-// dA = dC v^T, dP = A (dA - sum of A dA), dq = dP k / sqrt(D).
 template <class T>
-TARGET void backward_rows(const Problem& p, const Gradients& g, const Task& task) {
-  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.width)));
-  const T* key = at(static_cast<const T*>(p.key), p.key_stride, task.batch, task.kv_head, 0);
-  const T* value = at(static_cast<const T*>(p.value), p.value_stride, task.batch, task.kv_head, 0);
-  for (int64_t row = task.first; row < task.last; ++row) {
-    const int64_t head = row_head(p, task, row), time = row % p.target;
-    const int64_t number = row_number(p, task, row);
-    const int64_t start = g.offsets[number], n = g.offsets[number + 1] - start;
-    const int32_t* columns = g.columns + start;
-    const float* weights = g.weights + start;
-    float* scores = g.scores + start;
-    const T* output = at(static_cast<const T*>(g.output), g.output_stride, task.batch, head, time);
-    float mean = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      scores[i] = dot(output, value + columns[i] * p.value_stride[2], p.value_width);
-      if (p.dropout > 0) scores[i] *= dropout_factor(p, number, columns[i]);
-      mean += weights[i] * scores[i];
-    }
-    for (int64_t i = 0; i < n; ++i) scores[i] = weights[i] * (scores[i] - mean);
-    T* query = at(static_cast<T*>(g.query), g.query_stride, task.batch, head, time);
-    weighted_sum(key, p.key_stride[2], columns, scores, n, p.width, scale, query);
-  }
-}
-
-template <class T>
-TARGET void add_scaled(float* total, const T* x, float factor, int64_t width) {
+INLINE void add_scaled(float* total, const T* x, float factor, int64_t width) {
   int64_t d = 0;
   for (; d + LANES <= width; d += LANES) store(total + d, load(total + d) + load(x + d) * factor);
   for (; d < width; ++d) total[d] += get(x + d) * factor;
@@ -640,36 +612,109 @@ TARGET void write_scaled(T* to, const float* from, float factor, int64_t width) 
   for (; d < width; ++d) put(to + d, from[d] * factor);
 }
 
-// Gradients of the keys and values from begin to end - 1, from all rows of the task in order, so
-// that the sums do not depend on the number of threads: dk = dP^T q / sqrt(D), dv = A^T dC.
+// One row of the backward.
+template <class T>
+struct Row {
+  int64_t number, entries;
+  const int32_t* columns;
+  const float* weights;
+  float* scores;
+  const T *query, *output;
+
+  TARGET Row(const Problem& p, const Gradients& g, const Task& task, int64_t row) {
+    const int64_t head = row_head(p, task, row), time = row % p.target;
+    number = row_number(p, task, row);
+    const int64_t start = g.offsets[number];
+    entries = g.offsets[number + 1] - start;
+    columns = g.columns + start;
+    weights = g.weights + start;
+    scores = g.scores + start;
+    query = at(static_cast<const T*>(p.query), p.query_stride, task.batch, head, time);
+    output = at(static_cast<const T*>(g.output), g.output_stride, task.batch, head, time);
+  }
+};
+
+// Sums of the gradients of some keys and values of a head: dk = dP^T q / sqrt(D), dv = A^T dC.
+// Rows are added in their order, so the sums do not depend on the number of threads.
+template <class T>
+class Sums {
+ public:
+  TARGET Sums(const Problem& p, int64_t begin, int64_t end)
+      : begin_(begin), end_(end), keys_((end - begin) * p.width),
+        values_((end - begin) * p.value_width) {
+    std::fill_n(keys_.get(), (end - begin) * p.width, 0.0f);
+    std::fill_n(values_.get(), (end - begin) * p.value_width, 0.0f);
+  }
+
+  TARGET void add(const Problem& p, const Row<T>& row) {
+    for (int64_t i = 0; i < row.entries; ++i) {
+      const int64_t column = row.columns[i];
+      if (column < begin_ || column >= end_) continue;
+      float weight = row.weights[i];
+      if (p.dropout > 0) weight *= dropout_factor(p, row.number, column);
+      add_scaled(keys_.get() + (column - begin_) * p.width, row.query, row.scores[i], p.width);
+      add_scaled(values_.get() + (column - begin_) * p.value_width, row.output, weight,
+                 p.value_width);
+    }
+  }
+
+  TARGET void write(const Problem& p, const Gradients& g, const Task& task) {
+    for (int64_t j = begin_; j < end_; ++j) {
+      T* key = at(static_cast<T*>(g.key), g.key_stride, task.batch, task.kv_head, j);
+      T* value = at(static_cast<T*>(g.value), g.value_stride, task.batch, task.kv_head, j);
+      write_scaled(key, keys_.get() + (j - begin_) * p.width, score_scale(p), p.width);
+      write_scaled(value, values_.get() + (j - begin_) * p.value_width, 1.0f, p.value_width);
+    }
+  }
+
+ private:
+  int64_t begin_, end_;
+  Buffer<float> keys_, values_;
+};
+
+// Gradients of the kept scores and of the query of a row:
+// dA = dC v^T, dP = A (dA - sum of A dA), dq = dP k / sqrt(D).
+template <class T>
+TARGET void backward_row(const Problem& p, const Gradients& g, const Task& task, int64_t at_row,
+                         const Row<T>& row, const T* key, const T* value) {
+  float mean = 0;
+  for (int64_t i = 0; i < row.entries; ++i) {
+    const int64_t column = row.columns[i];
+    float weight = dot(row.output, value + column * p.value_stride[2], p.value_width);
+    if (p.dropout > 0) weight *= dropout_factor(p, row.number, column);
+    row.scores[i] = weight;
+    mean += row.weights[i] * weight;
+  }
+  for (int64_t i = 0; i < row.entries; ++i) {
+    row.scores[i] = row.weights[i] * (row.scores[i] - mean);
+  }
+  T* query = at(static_cast<T*>(g.query), g.query_stride, task.batch, row_head(p, task, at_row),
+                at_row % p.target);
+  weighted_sum(key, p.key_stride[2], row.columns, row.scores, row.entries, p.width, score_scale(p),
+               query);
+}
+
+// Gradients of the rows of a task, and of all keys too if the task holds all rows of the head.
+template <class T>
+TARGET void backward_rows(const Problem& p, const Gradients& g, const Task& task, bool with_keys) {
+  const T* key = at(static_cast<const T*>(p.key), p.key_stride, task.batch, task.kv_head, 0);
+  const T* value = at(static_cast<const T*>(p.value), p.value_stride, task.batch, task.kv_head, 0);
+  Sums<T> sums(p, 0, with_keys ? p.source : 0);
+  for (int64_t i = task.first; i < task.last; ++i) {
+    const Row<T> row(p, g, task, i);
+    backward_row(p, g, task, i, row, key, value);
+    if (with_keys) sums.add(p, row);
+  }
+  sums.write(p, g, task);
+}
+
+// Gradients of the keys and values from begin to end - 1, from the rows of the task.
 template <class T>
 TARGET void backward_keys(const Problem& p, const Gradients& g, const Task& task, int64_t begin,
                           int64_t end) {
-  const int64_t size = end - begin;
-  Buffer<float> keys(size * p.width), values(size * p.value_width);
-  std::fill(keys.get(), keys.get() + size * p.width, 0.0f);
-  std::fill(values.get(), values.get() + size * p.value_width, 0.0f);
-  for (int64_t row = task.first; row < task.last; ++row) {
-    const int64_t head = row_head(p, task, row), time = row % p.target;
-    const int64_t number = row_number(p, task, row);
-    const T* query = at(static_cast<const T*>(p.query), p.query_stride, task.batch, head, time);
-    const T* output = at(static_cast<const T*>(g.output), g.output_stride, task.batch, head, time);
-    for (int64_t i = g.offsets[number]; i < g.offsets[number + 1]; ++i) {
-      const int64_t column = g.columns[i];
-      if (column < begin || column >= end) continue;
-      float weight = g.weights[i];
-      if (p.dropout > 0) weight *= dropout_factor(p, number, column);
-      add_scaled(keys.get() + (column - begin) * p.width, query, g.scores[i], p.width);
-      add_scaled(values.get() + (column - begin) * p.value_width, output, weight, p.value_width);
-    }
-  }
-  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.width)));
-  for (int64_t j = begin; j < end; ++j) {
-    T* key = at(static_cast<T*>(g.key), g.key_stride, task.batch, task.kv_head, j);
-    T* value = at(static_cast<T*>(g.value), g.value_stride, task.batch, task.kv_head, j);
-    write_scaled(key, keys.get() + (j - begin) * p.width, scale, p.width);
-    write_scaled(value, values.get() + (j - begin) * p.value_width, 1.0f, p.value_width);
-  }
+  Sums<T> sums(p, begin, end);
+  for (int64_t i = task.first; i < task.last; ++i) sums.add(p, Row<T>(p, g, task, i));
+  sums.write(p, g, task);
 }
 
 constexpr Level LEVEL = {
