@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .build import norm_factory
+    from .monitor import monitor_outliers
     from .norms import (
         AdaNorm,
         ClippedLayerNorm,
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
         grad_norm,
         layer_norm_simple,
     )
+    from .replace import load_layer_norm_checkpoint, replace_norms
+    from .statistics import gradient_statistics
 
 __all__ = [
     "AdaNorm",
@@ -38,8 +41,12 @@ __all__ = [
     "clipped_layer_norm",
     "detach_norm",
     "grad_norm",
+    "gradient_statistics",
     "layer_norm_simple",
+    "load_layer_norm_checkpoint",
+    "monitor_outliers",
     "norm_factory",
+    "replace_norms",
 ]
 
 _MODULES = {
@@ -55,8 +62,12 @@ _MODULES = {
     "clipped_layer_norm": ".norms",
     "detach_norm": ".norms",
     "grad_norm": ".norms",
+    "gradient_statistics": ".statistics",
     "layer_norm_simple": ".norms",
+    "load_layer_norm_checkpoint": ".replace",
+    "monitor_outliers": ".monitor",
     "norm_factory": ".build",
+    "replace_norms": ".replace",
 }
 
 

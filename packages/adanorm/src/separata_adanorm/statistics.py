@@ -29,9 +29,12 @@ import torch
 from separata_shared.files import write_json, write_text
 from torch import Tensor, nn
 
+from .config import DataConfig, ModelConfig
 from .find import affine_of, epsilon_of, layer_norms, normalised, shape_of
 from .norms import AdaNorm, detach_norm, layer_norm_simple
 from .plot import figure
+from .probe import probe_function, probe_new, probe_run
+from .text import table
 
 Case = Literal["as built", "standard", "detach mean", "detach std", "detach both"]
 CASES: tuple[Case, ...] = ("as built", "standard", "detach mean", "detach std", "detach both")
@@ -71,6 +74,52 @@ class _Call:
     name: str
     x: Tensor
     output: Tensor | None = None
+
+
+def gradient_stats(
+    *,
+    model: ModelConfig,
+    data: DataConfig,
+    run: Path | None = None,
+    function: str | None = None,
+    weights: Path | None = None,
+    output: Path = Path("runs/tiny-gradients"),
+) -> list[GradientStatistics]:
+    """Measure mean and variance of gradients before and after every norm; draw them.
+
+    The gradient of each norm as it is stands beside the four cases of the paper's Theorem 1 for the
+    same input. Written are ``gradients.csv``, ``gradients.json`` and ``gradients.png``. Dropout is
+    off. Without ``run`` and ``function`` a translation model with fresh parameters is measured.
+
+    Args:
+        model: Sizes, wiring and norms of that model.
+        data: Its corpus.
+        run: Run directory of any training verb.
+        function: Your own model: ``module:function`` or ``file.py:function``, a function that gives
+            the model and a function of nothing that gives its loss on a batch.
+        weights: Weights file of the run; default: its best.
+        output: Directory to write.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: The run or the function cannot be used, there are no layer norms, or matplotlib
+            is missing.
+    """
+    if run is not None and function is not None:
+        raise ValueError("run and function: give one of the two")
+    if run is not None:
+        probe = probe_run(run, weights=weights)
+    elif function is not None:
+        probe = probe_function(function)
+    else:
+        probe = probe_new(model, data)
+    records = gradient_statistics(*probe)
+    write_statistics(records, output)
+    print(statistics_table(records))
+    print(output)
+    return records
 
 
 def gradient_statistics(model: nn.Module, loss: Callable[[], Tensor]) -> list[GradientStatistics]:
@@ -223,6 +272,20 @@ def _violations(
     return wrong | (excess > slack.square() + _ROUNDING * over[1])
 
 
+def statistics_table(records: list[GradientStatistics]) -> str:
+    """The records as text, one line each."""
+    heads = ("module", "norm", "case", "mean", "of mean(g)/s", "variance", "of D/s^2", "violations")
+    names = [
+        *heads[:3],
+        "mean_after",
+        "mean_over_s",
+        "variance_after",
+        "variance_over_s2",
+        heads[7],
+    ]
+    return table(heads, ([getattr(record, name) for name in names] for record in records))
+
+
 def write_statistics(records: list[GradientStatistics], directory: Path) -> None:
     """Write ``gradients.csv``, ``gradients.json`` and, as a figure, ``gradients.png``."""
     text = io.StringIO(newline="")
@@ -235,29 +298,31 @@ def write_statistics(records: list[GradientStatistics], directory: Path) -> None
 
 
 def draw_statistics(records: list[GradientStatistics], output: Path) -> None:
-    """Draw mean and variance after each norm, beside what arrives, for every case."""
+    """Draw what leaves each norm as a share of Theorem 1's terms, and beside what arrives."""
     names = list(dict.fromkeys(record.module for record in records))
-    places = range(len(names))
-    size = (12.0, 2.5 + 0.22 * len(names))
-    with figure(output, columns=2, size=size) as (means, variances):
-        for case, marker in zip(CASES, "o<>^s", strict=True):
-            chosen = [record for record in records if record.case == case]
-            means.plot([r.mean_after for r in chosen], places, marker, mfc="none", label=case)
-            after = [r.variance_after for r in chosen]
-            variances.plot(after, places, marker, mfc="none", label=case)
-        first = [record for record in records if record.case == "standard"]
-        means.plot([r.mean_over_s for r in first], places, "k|", ms=12, label="mean(g) / s")
-        bound = [r.variance_over_s2 for r in first]
-        variances.plot(bound, places, "k|", ms=12, label="D / s^2")
-        means.set_xlabel("absolute mean of the gradient that leaves")
-        means.set_xscale("symlog", linthresh=_smallest([r.mean_over_s for r in first]))
-        variances.set_xlabel("variance of the gradient that leaves")
-        variances.set_xscale("log")
-        means.set_yticks(places, names, fontsize=7)
-        variances.set_yticks(places, [""] * len(names))
-        variances.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    by_case = {case: [r for r in records if r.case == case] for case in CASES}
+    size = (14.0, 2.5 + 0.3 * len(names))
+    with figure(output, columns=3, size=size) as (means, variances, sizes):
+        for number, (case, chosen) in enumerate(by_case.items()):
+            # One below the other, for equal numbers hide each other.
+            places = [place + 0.13 * (2 - number) for place in range(len(names))]
+            style = {"marker": "o<>^s"[number], "ls": "none", "label": case}
+            means.plot([_share(r.mean_after, r.mean_over_s) for r in chosen], places, **style)
+            after = [_share(r.variance_after, r.variance_over_s2) for r in chosen]
+            variances.plot(after, places, **style)
+        built = by_case["as built"]
+        sizes.plot([r.variance_before for r in built], range(len(names)), "k|", label="arrives")
+        sizes.plot([r.variance_after for r in built], range(len(names)), "o", label="leaves")
+        means.set_xlabel("|mean| that leaves / (|mean(g)| / s)")
+        variances.set_xlabel("variance that leaves / (D / s^2)")
+        sizes.set_xlabel("variance, as built")
+        sizes.set_xscale("log")
+        for axis in (means, variances, sizes):
+            axis.set_yticks(range(len(names)), names if axis is means else [""] * len(names))
+            axis.tick_params(axis="y", labelsize=7)
+            axis.grid(axis="x", alpha=0.3)
+            axis.legend(fontsize=7)
 
 
-def _smallest(values: list[float]) -> float:
-    """Where a logarithmic axis may begin to be linear."""
-    return 0.1 * min((value for value in values if value > 0), default=1.0)
+def _share(value: float, whole: float) -> float:
+    return value / whole if whole else 0.0
