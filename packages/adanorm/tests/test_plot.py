@@ -117,6 +117,10 @@ class TestPhi:
         with pytest.raises(ValueError, match=rf"x\.npy: {message}"):
             plot_phi(values=path, output=tmp_path / "phi.png")
 
+    def test_one_source_of_features_is_enough(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"^values and run: give one"):
+            plot_phi(values=tmp_path / "x.npy", run=tmp_path, output=tmp_path / "phi.png")
+
     def test_k_must_be_positive(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"^k: must be positive"):
             plot_phi(k=0.0, output=tmp_path / "phi.png")

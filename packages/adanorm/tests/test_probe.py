@@ -57,6 +57,7 @@ def test_every_training_verb_leaves_a_run_that_can_be_measured(
     with monitor_outliers(model) as monitor:
         loss()
     assert monitor.report()
+    assert run("plot-phi", "--run", "r", "--output", "phi.png") == 0
     assert run("plot-curves", "--runs", "['r']", "--output", "curves.png") == 0
 
 

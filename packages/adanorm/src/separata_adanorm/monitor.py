@@ -4,7 +4,7 @@
 the published k = 0.1 at 5 and at 10.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -94,6 +94,37 @@ def monitor_outliers(model: nn.Module, *, k: float = 0.1) -> Iterator[OutlierMon
         The counts; ``report()`` gives them as records, ``print`` as a table.
     """
     monitor = OutlierMonitor(k)
+    with _watched(model, monitor.add):
+        yield monitor
+
+
+@contextmanager
+def record_normalised(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep the normalised features y of every call of a layer norm inside the block.
+
+    Args:
+        model: As in ``monitor_outliers``.
+
+    Yields:
+        The features (..., H) in the order of the calls, detached.
+    """
+    features: list[Tensor] = []
+
+    @torch.no_grad()
+    def keep(name: str, norm: nn.Module, x: Tensor) -> None:
+        features.append(normalised(norm, x.detach()))
+
+    with _watched(model, keep):
+        yield features
+
+
+@contextmanager
+def _watched(model: nn.Module, see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """Show ``see`` the name, the module and the input of every call of a layer norm."""
+
+    def hook(name: str, norm: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+        see(name, norm, [*inputs, *named.values()][0])
+
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoder):
@@ -101,12 +132,6 @@ def monitor_outliers(model: nn.Module, *, k: float = 0.1) -> Iterator[OutlierMon
                 stack.callback(setattr, module, "use_nested_tensor", module.use_nested_tensor)
                 module.use_nested_tensor = False
         for name, norm in layer_norms(model).items():
-            handle = norm.register_forward_pre_hook(partial(_add, monitor, name), with_kwargs=True)
+            handle = norm.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
             stack.callback(handle.remove)
-        yield monitor
-
-
-def _add(
-    monitor: OutlierMonitor, name: str, norm: nn.Module, inputs: Any, named: dict[str, Any]
-) -> None:
-    monitor.add(name, norm, [*inputs, *named.values()][0])
+        yield

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from separata_shared.files import atomic_write
 from separata_shared.training import Run
+
+from .monitor import record_normalised
+from .probe import probe_run
 
 _PARTS = {"train": "training", "evaluate": "validation"}
 
@@ -51,6 +55,7 @@ def plot_phi(
     C: float = 1.0,
     k: float = 0.1,
     values: Path | None = None,
+    run: Path | None = None,
     output: Path = Path("runs/phi.png"),
 ) -> None:
     """Draw AdaNorm's output over y, its peak, and the zone in which the sign flips.
@@ -60,14 +65,19 @@ def plot_phi(
         k: Slope of the scaling.
         values: Array file (``.npy``) with the input (..., H) of a norm; the histogram of its y is
             drawn too.
+        run: Run directory of any training verb, whose norms give the histogram on a batch instead.
         output: Picture to write.
 
     Raises:
-        ValueError: ``values`` is not such a file, k is not positive, or matplotlib is missing.
+        ValueError: ``values`` is not such a file, the run cannot be read, k is not positive, or
+            matplotlib is missing.
     """
     if k <= 0:
         raise ValueError(f"k: must be positive for a peak to exist, got {k}")
-    draw_phi(output, C=C, k=k, y=None if values is None else _standardised(values))
+    if values is not None and run is not None:
+        raise ValueError("values and run: give one of the two")
+    y = None if values is None else _standardised(values)
+    draw_phi(output, C=C, k=k, y=y if run is None else _features(run))
     print(output)
 
 
@@ -158,6 +168,14 @@ def _label(run: Path, runs: Sequence[Path]) -> str:
     """Name of a run, with its directory where the names alone are equal."""
     same = [other for other in runs if other.name == run.name]
     return run.name if len(same) == 1 else str(run)
+
+
+def _features(run: Path) -> NDArray[np.floating]:
+    """What all norms of a run normalise in a batch."""
+    model, loss = probe_run(run)
+    with torch.no_grad(), record_normalised(model) as features:
+        loss()
+    return torch.cat([y.flatten() for y in features]).double().cpu().numpy()
 
 
 def _standardised(path: Path) -> NDArray[np.floating]:
