@@ -128,6 +128,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, residual, _, *ctx.options = inputs
     _, total, mean, sigma = output
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, sigma)
     ctx.residual = residual is not None
     ctx.save_for_backward(total if ctx.residual else x, mean, sigma)
 
@@ -135,9 +136,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(
     ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    grad_x = grad_total
+    grad_x = grad_total if ctx.residual else None
     if grad is not None:
-        grad_x = norm_backward(grad, grad_total, *ctx.saved_tensors, *ctx.options)
+        grad_x = norm_backward(grad, grad_x, *ctx.saved_tensors, *ctx.options)
     return (grad_x, grad_x if ctx.residual else None, *[None] * 8)
 
 
