@@ -10,7 +10,6 @@ from separata_explicit_sparse_transformer.config import AttentionConfig, DecodeC
 from separata_explicit_sparse_transformer.convert import (
     attention_table,
     convert,
-    from_fairseq,
     make_sparse,
     measure_attention,
 )
@@ -174,31 +173,6 @@ def test_the_report_is_json_and_its_table_has_a_line_for_every_head() -> None:
     lines = attention_table(rows).splitlines()
     assert len(lines) == 1 + len(rows)
     assert "mass kept" in lines[0]
-
-
-def test_stacked_and_tied_fairseq_parameters_are_understood() -> None:
-    table, stacked = torch.randn(12, 4), torch.randn(12, 4)
-    state = {
-        "encoder.version": torch.ones(1),
-        "encoder.embed_positions._float_tensor": torch.ones(1),
-        "encoder.embed_tokens.weight": torch.randn(12, 4),
-        "encoder.layers.0.self_attn.in_proj_weight": stacked,
-        "decoder.embed_tokens.weight": table,
-        "decoder.output_projection.weight": table.clone(),
-    }
-    renamed = from_fairseq(state)
-    assert set(renamed) == {
-        "source.tokens.weight",
-        "target.tokens.weight",
-        *(f"encoder.layers.0.self_attention.{letter}_proj.weight" for letter in "qkv"),
-    }
-    torch.testing.assert_close(
-        renamed["encoder.layers.0.self_attention.k_proj.weight"], stacked[4:8]
-    )
-    untied = from_fairseq(state | {"decoder.embed_out": table + 1})
-    assert torch.equal(untied["output.weight"], table + 1)
-    with pytest.raises(ValueError, match=r"encoder\.embed_tokens\.weight"):
-        from_fairseq({})
 
 
 @pytest.fixture(scope="module")

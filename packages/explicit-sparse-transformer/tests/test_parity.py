@@ -17,7 +17,6 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.tokenizers.tokenizer_intl import TokenizerV14International
 from separata_explicit_sparse_transformer.build import build_model
 from separata_explicit_sparse_transformer.config import ModelConfig
-from separata_explicit_sparse_transformer.convert import from_fairseq
 from separata_explicit_sparse_transformer.model import ExplicitSparseTransformer
 from separata_explicit_sparse_transformer.selection import (
     attention_with,
@@ -44,6 +43,7 @@ from separata_shared.testing.parity import (
     load_golden,
     prefixed,
 )
+from separata_shared.translation import from_fairseq
 from torch import Tensor
 
 FORWARD = Tolerance("forward", 1e-5)

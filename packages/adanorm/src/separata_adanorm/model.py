@@ -1,7 +1,7 @@
 """The Transformer of the paper's translation experiments: any norm in every place of one.
 
 A pre-norm encoder-decoder of 6+6 layers has 32 norms: two in each encoder layer, three in each
-decoder layer, one after each stack. All are made by one function (``scope = all``), as in the paper.
+decoder layer, one after each stack. One function makes them all (``scope = all``), as in the paper.
 In the authors' code the option reaches only the last norm of each stack, so that 30 of 32 stay
 LayerNorm; ``scope = final_only`` repeats that.
 """

@@ -6,6 +6,7 @@ function from those settings to a ``Transformer``.
 
 from separata_shared.translation.config import DataConfig, DecodeConfig, TransformerConfig
 from separata_shared.translation.data import Corpus, ParallelBatch, Split, load, load_characters
+from separata_shared.translation.fairseq import from_fairseq
 from separata_shared.translation.model import build_transformer
 from separata_shared.translation.preparation import prepare
 from separata_shared.translation.scoring import evaluate
@@ -34,6 +35,7 @@ __all__ = [
     "build_transformer",
     "evaluate",
     "fit_translation",
+    "from_fairseq",
     "generate",
     "load",
     "load_characters",
