@@ -18,6 +18,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef float LooseVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t LooseInts __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t LooseHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
@@ -292,25 +293,42 @@ TARGET float bound(const float* values, int64_t vectors, int64_t k, int64_t slac
   return low;
 }
 
-// Columns and scores of the scores that are at least t. A maximum stands for one lane of a number of
-// lines, vectors of scores.
-INLINE int64_t collect(const float* maxima, int64_t vectors, int64_t lines, const float* scores,
-                       float t, int32_t* columns, float* found) {
-  int64_t n = 0;
-  constexpr int STEP = 64 / LANES < 4 ? 64 / LANES : 4;
-  for (int64_t i = 0; i < vectors; i += STEP) {
-    uint64_t mask = 0;
-    for (int j = 0; j < STEP && i + j < vectors; ++j) {
-      mask |= static_cast<uint64_t>(at_least(load(maxima + (i + j) * LANES), all(t))) << (j * LANES);
-    }
-    for (; mask; mask &= mask - 1) {
-      const int64_t place = __builtin_ctzll(mask);
-      int64_t column = (i + place / LANES) * LANES * lines + place % LANES;
-      for (int64_t line = 0; line < lines; ++line, column += LANES) {
-        columns[n] = static_cast<int32_t>(column);
-        found[n] = scores[column];
-        n += scores[column] >= t;
-      }
+INLINE Ints lanes_from(int64_t first) {
+  Ints lanes;
+  for (int i = 0; i < LANES; ++i) lanes[i] = i;
+  return lanes + static_cast<int32_t>(first);
+}
+
+// Appends the lanes of a mask to n columns and scores; writes a whole vector, of which these count.
+INLINE int64_t append(uint32_t mask, Ints lanes, Vec values, int64_t n, int32_t* columns,
+                      float* scores) {
+#if LANES == 16
+  _mm512_storeu_si512(columns + n,
+                      _mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(lanes)));
+  _mm512_storeu_ps(scores + n, _mm512_maskz_compress_ps(mask, reinterpret_cast<__m512>(values)));
+  return n + __builtin_popcount(mask);
+#else
+  for (; mask; mask &= mask - 1, ++n) {
+    columns[n] = lanes[__builtin_ctz(mask)];
+    scores[n] = values[__builtin_ctz(mask)];
+  }
+  return n;
+#endif
+}
+
+// Columns and scores of the values that are at least t, in order. A maximum stands for one lane of
+// a number of lines, vectors of values. First lists the maxima that reach t, without branches.
+INLINE int64_t collect(const float* maxima, int64_t vectors, int64_t lines, const float* values,
+                       float t, int32_t* hits, int32_t* columns, float* scores) {
+  int64_t n = 0, found = 0;
+  for (int64_t i = 0; i < vectors; ++i) {
+    hits[found] = static_cast<int32_t>(i * lines * LANES);
+    found += at_least(load(maxima + i * LANES), all(t)) != 0;
+  }
+  for (int64_t i = 0; i < found; ++i) {
+    for (int64_t first = hits[i]; first < hits[i] + lines * LANES; first += LANES) {
+      const Vec x = load(values + first);
+      n = append(at_least(x, all(t)), lanes_from(first), x, n, columns, scores);
     }
   }
   return n;
@@ -318,15 +336,12 @@ INLINE int64_t collect(const float* maxima, int64_t vectors, int64_t lines, cons
 
 // Of scores that are equal to the smallest kept one, t, leaves those of the first keys.
 TARGET int64_t drop_ties(int32_t* columns, float* scores, int64_t n, int64_t k, float t) {
-  std::vector<std::pair<int32_t, float>> entries;
-  for (int64_t i = 0; i < n; ++i) entries.emplace_back(columns[i], scores[i]);
-  std::sort(entries.begin(), entries.end());
-  for (const auto& entry : entries) k -= entry.second > t;
+  for (int64_t i = 0; i < n; ++i) k -= scores[i] > t;
   int64_t kept = 0;
-  for (const auto& entry : entries) {
-    if (entry.second == t && k-- <= 0) continue;
-    columns[kept] = entry.first;
-    scores[kept++] = entry.second;
+  for (int64_t i = 0; i < n; ++i) {
+    if (scores[i] == t && k-- <= 0) continue;
+    columns[kept] = columns[i];
+    scores[kept++] = scores[i];
   }
   return kept;
 }
@@ -368,6 +383,18 @@ TARGET void softmax(float* scores, int64_t n) {
   }
   const Vec share = 1.0f / all(sum(total));
   for (int64_t i = 0; i < vectors; ++i) store(scores + i * LANES, load(scores + i * LANES) * share);
+}
+
+// keep and softmax for scores that fit into a vector: no detour through memory.
+INLINE int64_t keep_softmax(int32_t* columns, float* scores, int64_t n, int64_t k) {
+  store(scores + n, all(LOWEST));
+  const Vec x = load(scores);
+  const float t = n > k ? kth(x, k) : LOWEST;
+  const Vec shares = exponential(x - all(maximum(x)));
+  const Vec kept_shares = x >= t ? shares : Vec{};  // nothing of -inf
+  const Ints places = *reinterpret_cast<const LooseInts*>(columns);
+  const uint32_t kept = at_least(x, all(t)) & ((1u << n) - 1);
+  return append(kept, places, kept_shares * (1.0f / all(sum(kept_shares))), 0, columns, scores);
 }
 
 // Adds the weighted rows of a matrix: output = sum of weights[i] * rows[columns[i]].
@@ -490,7 +517,7 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
   Buffer<float> scores(block * stride), maxima(block * panels * LANES), folded(wanted * LANES);
   const int64_t room = panels * PANEL + 2 * LANES;
   Buffer<float> weights(room), order(room);
-  Buffer<int32_t> columns(room);
+  Buffer<int32_t> columns(room), hits(up(keys, LANES) / LANES + 1);
   const float scale = score_scale(p);
   const T* key = at(static_cast<const T*>(p.key), p.key_stride, task.batch, task.kv_head, 0);
   const T* value = at(static_cast<const T*>(p.value), p.value_stride, task.batch, task.kv_head, 0);
@@ -553,7 +580,7 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
       if (direct) {
         const int64_t vectors = up(limit, LANES) / LANES;
         const float t = bound(values, vectors, k, 0);
-        found = collect(values, vectors, 1, values, t, columns.get(), weights.get());
+        found = collect(values, vectors, 1, values, t, hits.get(), columns.get(), weights.get());
       } else {
         const float* most = maxima.get() + (row - first) * panels * LANES;
         const int64_t vectors = up(limit, PANEL) / PANEL;
@@ -561,13 +588,17 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
         const float* bounds = vectors > wanted ? folded.get() : most;
         const float t = bound(bounds, std::min(vectors, wanted), k, k / 8);
         const int64_t lines = vectors > 1 ? VECTORS : up(limit, LANES) / LANES;
-        found = collect(most, vectors, lines, values, t, columns.get(), weights.get());
+        found = collect(most, vectors, lines, values, t, hits.get(), columns.get(), weights.get());
       }
       for (int64_t i = 0; i < std::min<int64_t>(found, 2 * LANES); ++i) {
         prefetch(value + columns.get()[i] * p.value_stride[2], p.value_width);
       }
-      found = keep(columns.get(), weights.get(), found, k, p.exact_ties, order.get());
-      softmax(weights.get(), found);
+      if (found <= LANES && !p.exact_ties) {
+        found = keep_softmax(columns.get(), weights.get(), found, k);
+      } else {
+        found = keep(columns.get(), weights.get(), found, k, p.exact_ties, order.get());
+        softmax(weights.get(), found);
+      }
       kept.add(columns.get(), weights.get(), found);
       if (p.dropout > 0) {
         const int64_t number = row_number(p, task, row);
