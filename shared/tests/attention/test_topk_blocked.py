@@ -35,21 +35,35 @@ def test_result_does_not_depend_on_the_size_of_blocks(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    width=st.integers(1, 20).map(lambda groups: 64 * groups),
-    count=st.integers(1, 40),
+    width=st.integers(1, 40).map(lambda groups: blocked.GROUP * groups),
+    top_k=st.integers(1, 40),
+    levels=st.sampled_from([1.0, 1e6]),
     seed=st.integers(0, 99),
 )
-def test_groups_find_the_largest_scores(width: int, count: int, seed: int) -> None:
-    scores = normal(3, width, seed=seed)
-    values, columns = blocked._largest(scores, count)
-    assert torch.equal(values, scores.topk(count).values)
-    assert torch.equal(scores.gather(1, columns), values)
+def test_candidates_hold_all_scores_that_may_be_kept(
+    width: int, top_k: int, levels: float, seed: int
+) -> None:
+    scores = normal(6, width, seed=seed).mul(levels).round()  # with ties
+    scores[0] = -torch.inf
+    scores[1, width // 3 :] = -torch.inf
+    values, rows, columns = blocked._candidates(scores, top_k)
+    assert torch.equal(scores[rows, columns], values)
+    places = rows * width + columns
+    assert (places.diff() > 0).all()  # each once, in the order of rows and keys
+    threshold = scores.sort(dim=1, descending=True).values[:, min(top_k, width) - 1, None]
+    wanted = ((scores >= threshold) & (scores > -torch.inf)).flatten().nonzero().flatten()
+    assert torch.isin(wanted, places).all()
+    assert (values > -torch.inf).all()
 
 
-def test_every_way_of_searching_is_used_somewhere() -> None:
-    found = {blocked._num_groups(width, 9) for width in (64, 512, 1024, 4096)}
-    assert found == {0, 64}
-    assert blocked._num_groups(512, 40) == 128
+@pytest.mark.parametrize(
+    ("width", "top_k", "size"), [(2048, 8, 32), (512, 8, 32), (1024, 32, 16), (512, 40, 1)]
+)
+def test_candidates_are_few(width: int, top_k: int, size: int) -> None:
+    assert blocked._group_size(width, top_k) == size
+    values, _, _ = blocked._candidates(normal(100, width), top_k)
+    # 9 candidates for k = 8 where the groups are many; never more than twice the kept keys here
+    assert len(values) <= 100 * 2 * top_k
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

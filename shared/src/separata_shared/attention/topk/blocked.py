@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from separata_shared.attention._inputs import compute_dtype
+from separata_shared.attention.topk.kth_largest import kth_largest
 
-# Scores in a block: a few MiB stay in the cache of a core, while a GPU needs many rows.
-CPU_BLOCK, GPU_BLOCK = 2**21, 2**26
+# Scores in a block: a few MiB stay in the cache, while a GPU needs many rows.
+CPU_BLOCK, GPU_BLOCK = 2**22, 2**26
 # Entries whose rows are gathered at a time in the backward, for the same reason.
 CPU_CHUNK, GPU_CHUNK = 2**12, 2**22
-# Keys that one maximum stands for while candidates are searched; blocks hold whole groups.
-GROUP = 64
+# Most keys of which one maximum is taken while candidates are searched; blocks hold whole groups.
+GROUP = 32
 
 
 def supports(*, rows: int, keys: int, most_keys: int, return_weights: bool) -> str | None:
@@ -214,67 +215,71 @@ def _select(scores: Tensor, top_k: int | Tensor, ties: str) -> tuple[Tensor, Ten
     Returns:
         Columns and weights of the kept keys, row by row ``(n,)``, and their number ``(rows,)``.
     """
-    if isinstance(top_k, int):
-        most = min(top_k, scores.shape[1])
-        values, columns = _largest(scores, min(most + 1, scores.shape[1]))
-        threshold = values[:, most - 1 : most]
-        tied = values[:, most:] == threshold
-    else:
-        top_k = top_k.clamp(max=scores.shape[1])
-        most = int(top_k.max())
-        values, columns = _largest(scores, min(most + 1, scores.shape[1]))
-        threshold = values.gather(1, top_k - 1)
-        tied = (values >= threshold).sum(dim=1, keepdim=True) > top_k
-    # One score more than k shows whether the threshold is tied; -inf is no score.
-    if bool((tied & (threshold > -torch.inf)).any()):
-        keep = scores >= threshold
-        if ties == "exact":
-            equal = scores == threshold
-            above = keep & ~equal
-            keep = above | (equal & (equal.cumsum(1) <= top_k - above.sum(dim=1, keepdim=True)))
-        most = int(keep.sum(dim=1).max())
-        values, columns = scores.masked_fill(~keep, -torch.inf).topk(most, dim=1)
-        threshold = values[:, -1:]
-    values, columns = values[:, :most], columns[:, :most]
-    if isinstance(top_k, int) and bool((threshold > -torch.inf).all()):
-        counts = columns.new_full((len(scores),), most)
-        return columns.flatten(), values.softmax(dim=1).flatten(), counts
-    kept = (values >= threshold) & (values > -torch.inf)
-    weights = values.masked_fill(~kept, -torch.inf).softmax(dim=1)
-    return columns[kept], weights[kept], kept.sum(dim=1)
+    num_rows = len(scores)
+    values, rows, columns = _candidates(scores, top_k)
+    counts = torch.bincount(rows, minlength=num_rows)
+    width = max(int(counts.max()), 1)
+    # Each row moves to the start of a row of a narrow matrix.
+    first = torch.arange(num_rows, device=rows.device) * width - (counts.cumsum(0) - counts)
+    places = torch.arange(len(rows), device=rows.device) + first.index_select(0, rows)
+    packed = scores.new_full((num_rows, width), -torch.inf)
+    packed.view(-1).index_copy_(0, places, values)
+
+    threshold = _lowest(kth_largest(packed, top_k))
+    keep = packed >= threshold
+    if ties == "exact":
+        equal = packed == threshold
+        above = keep & ~equal
+        keep = above | (equal & (equal.cumsum(1) <= top_k - above.sum(dim=1, keepdim=True)))
+    weights = packed.masked_fill_(~keep, -torch.inf).softmax(dim=1)
+    kept = keep.view(-1).index_select(0, places).nonzero().squeeze(1)
+    return (
+        columns.index_select(0, kept),
+        weights.view(-1).index_select(0, places.index_select(0, kept)),
+        keep.sum(dim=1),
+    )
 
 
-def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Largest scores of each row ``(rows, W)`` in descending order, and their columns.
+def _candidates(scores: Tensor, top_k: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find a few scores of each row ``(rows, W)`` among which are all that may be kept.
 
-    Columns that leave the same remainder form a group. The largest ``count`` scores lie in the
-    ``count`` groups with the largest maxima.
+    The k-th largest of the maxima of groups of keys is a lower bound of the k-th largest score,
+    since k groups have a score that large. Few scores are above it: 9 on average for k = 8. Ties
+    are above it or equal to it, too.
+
+    Returns:
+        Scores, rows and columns of the candidates, row by row in the order of the keys.
     """
-    width = scores.shape[1]
-    groups = _num_groups(width, count)
-    if groups == 0:
-        values, columns = scores.topk(count, dim=1)
-        return values, columns
-    folded = scores.view(-1, width // groups, groups)
-    best = folded.amax(dim=1).topk(count, dim=1, sorted=False).indices
-    candidates = folded.gather(2, best.unsqueeze(1).expand(-1, width // groups, -1))
-    values, places = candidates.flatten(1).topk(count, dim=1)
-    return values, best.gather(1, places % count) + places // count * groups
+    size = _group_size(scores.shape[1], top_k)
+    maxima = scores.view(len(scores), -1, size).amax(dim=2) if size > 1 else scores
+    bound = _lowest(kth_largest(maxima, top_k))
+    groups = (maxima >= bound).view(-1).nonzero().squeeze(1)
+    members = scores.view(-1, size).index_select(0, groups)
+    rows = groups // maxima.shape[1]
+    found = (members >= bound.index_select(0, rows)).view(-1).nonzero().squeeze(1)
+    group = found // size
+    columns = groups.index_select(0, group) % maxima.shape[1] * size + found % size
+    return members.view(-1).index_select(0, found), rows.index_select(0, group), columns
 
 
-def _num_groups(width: int, count: int) -> int:
-    """Number of groups in which ``count`` largest of ``width`` are found fastest; 0 for none.
+def _group_size(width: int, top_k: int | Tensor) -> int:
+    """Number of keys of which the maximum bounds the threshold.
 
-    Measured on a CPU, where ``topk`` selects in one pass from ``width >= 64 * count`` on and is
-    much slower below.
+    There should be two groups for each kept key, so that the bound is close, and fewer than 8 keys
+    in a group win nothing.
     """
-    if width >= 3 * GROUP * count:
-        return width // GROUP
-    if width < GROUP * count:
-        for groups in (GROUP, 2 * GROUP):
-            if 2 * count <= groups <= width // 4 and width % groups == 0:
-                return groups
-    return 0
+    k = top_k if isinstance(top_k, int) else int(top_k.max())
+    size = GROUP
+    while size >= 8:
+        if 2 * k * size <= width:
+            return size
+        size //= 2
+    return 1
+
+
+def _lowest(threshold: Tensor) -> Tensor:
+    """Keep a threshold above the ``-inf`` of keys that are not allowed."""
+    return threshold.clamp_(min=torch.finfo(threshold.dtype).min)
 
 
 def _sums(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -5,22 +5,14 @@ selection inside each row. Scores and weights have the precision of the contract
 values and in the backward run in the inputs' own dtype, as in torch's fused kernels.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from separata_shared.attention._inputs import allowed_keys, compute_dtype
-
-# Beyond this number of keys the network has more comparisons than ``topk`` costs.
-NETWORK_KEYS = 32
-# Nor do fewer rows pay for the calls.
-NETWORK_ROWS = 256
-# Scores that pass through the network at a time: they stay in the cache of a core.
-NETWORK_SCORES = 2**19
+from separata_shared.attention.topk.kth_largest import kth_largest
 
 
 def attend(
@@ -66,8 +58,9 @@ class _Attention(torch.autograd.Function):
         dropout: float,
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(query, key, value)
-        q = _share_heads(query.to(dtype) * query.shape[3] ** -0.5, key)
-        scores = (q @ key.to(dtype).mT).view(*query.shape[:3], key.shape[2])
+        q = _share_heads(query.to(dtype), key)
+        scores = _product(q, key.to(dtype).mT, query.shape[3] ** -0.5)
+        scores = scores.view(*query.shape[:3], key.shape[2])
         if bias is not None:
             scores += bias
         if allowed is not None:
@@ -110,8 +103,8 @@ class _Attention(torch.autograd.Function):
             grad_scores = torch.ops.aten._softmax_backward_data(grad_kept, weights, -1, dtype)
             shared = _share_heads(grad_scores, key)
             scale = query.shape[3] ** -0.5
-            grad_query = (shared @ key.to(dtype)).view(query.shape).mul_(scale)
-            grad_key = (shared.mT @ _share_heads(query.to(dtype), key)).mul_(scale)
+            grad_query = _product(shared, key.to(dtype), scale).view(query.shape)
+            grad_key = _product(shared.mT, _share_heads(query.to(dtype), key), scale)
         grad_bias = None
         if ctx.needs_input_grad[5]:
             grad_bias = grad_scores.sum_to_size(bias.shape).to(bias.dtype)
@@ -132,83 +125,21 @@ def _share_heads(x: Tensor, key: Tensor) -> Tensor:
     return x if x.shape[1] == key.shape[1] else x.reshape(*key.shape[:2], -1, x.shape[3])
 
 
+def _product(first: Tensor, second: Tensor, scale: float) -> Tensor:
+    """``scale * first @ second`` of ``(B, H, ...)`` without a pass for the scale."""
+    output = first.new_empty(*first.shape[:3], second.shape[3])
+    output.flatten(0, 1).baddbmm_(first.flatten(0, 1), second.flatten(0, 1), beta=0, alpha=scale)
+    return output
+
+
 def _keep(scores: Tensor, top_k: int | Tensor, ties: str) -> Tensor:
-    """Put ``-inf`` in place of the scores ``(B, H, T, S)`` that are not selected."""
-    source = scores.shape[3]
-    if isinstance(top_k, int):
-        k: int | Tensor = min(top_k, source)
-        threshold = _descending(scores, min(top_k, source))[-1].unsqueeze(-1)
-    else:
-        k = top_k.to(scores.device).clamp(max=source).unsqueeze(-1)
-        k = k.expand(*scores.shape[:3], 1)
-        # A compiled graph cannot depend on the largest k.
-        most = source if torch.compiler.is_compiling() else int(k.amax()) if k.numel() else 1
-        ordered = torch.stack(_descending(scores, most), dim=-1)
-        threshold = ordered.gather(-1, k - 1)
-    removed = scores < threshold
+    """Lower the scores ``(B, H, T, S)`` that are not selected so far that their weight is 0."""
+    k = top_k if isinstance(top_k, int) else top_k.to(scores.device).unsqueeze(-1)
+    threshold = kth_largest(scores, k)
+    # Comparing into floats and subtracting the largest one is ten times faster than masking.
+    removed = torch.lt(scores, threshold, out=torch.empty_like(scores))
     if ties == "exact":
         equal = scores == threshold
         places = k - (scores > threshold).sum(dim=-1, keepdim=True)
-        removed |= equal & (equal.cumsum(-1) > places)
-    return scores.masked_fill_(removed, -torch.inf)
-
-
-def _descending(scores: Tensor, count: int) -> list[Tensor]:
-    """The largest ``count`` scores of each row, in descending order, as ``count`` tensors.
-
-    A row is dealt into lists as long as the next power of two. Each comparison of the networks
-    below works on one place of all lists of all rows, so the work is vectorised however short the
-    rows are, where ``topk`` costs microseconds for each row.
-    """
-    if count > NETWORK_KEYS or scores[..., 0].numel() < NETWORK_ROWS:
-        return list(scores.topk(count, dim=-1).values.unbind(-1))
-    source = scores.shape[-1]
-    length = 1 << (count - 1).bit_length()
-    num_lists = 1 << (-(-source // length) - 1).bit_length()
-    parts = []
-    for rows in torch.split(scores.reshape(-1, source), max(NETWORK_SCORES // source, 1)):
-        columns = F.pad(rows.t(), (0, 0, 0, length * num_lists - source), value=-torch.inf)
-        places = list(columns.view(length, num_lists, -1))
-        _exchange(places, _sorting_network(length))
-        lists = num_lists
-        while lists > 1:
-            lists //= 2
-            # The best of two descending lists, which are then bitonic and need a merge.
-            places = [
-                torch.maximum(first[:lists], last[lists:])
-                for first, last in zip(places, reversed(places), strict=True)
-            ]
-            _exchange(places, _bitonic_merge(length))
-        parts.append(torch.cat(places[:count]))
-    return list(torch.cat(parts, dim=1).view(count, *scores.shape[:-1]))
-
-
-def _exchange(places: list[Tensor], pairs: Iterator[tuple[int, int]]) -> None:
-    """Put the larger one of each pair of places first."""
-    for i, j in pairs:
-        places[i], places[j] = (
-            torch.maximum(places[i], places[j]),
-            torch.minimum(places[i], places[j]),
-        )
-
-
-def _sorting_network(length: int) -> Iterator[tuple[int, int]]:
-    """Comparisons that sort ``length`` places, a power of two (Batcher's odd-even merge sort)."""
-    run = 1
-    while run < length:
-        step = run
-        while step >= 1:
-            for start in range(step % run, length - step, 2 * step):
-                for i in range(start, start + min(step, length - step - start)):
-                    if i // (2 * run) == (i + step) // (2 * run):
-                        yield i, i + step
-            step //= 2
-        run *= 2
-
-
-def _bitonic_merge(length: int) -> Iterator[tuple[int, int]]:
-    """Comparisons that sort a bitonic list of ``length`` places."""
-    step = length // 2
-    while step:
-        yield from ((i, i + step) for i in range(length) if not i & step)
-        step //= 2
+        removed += equal & (equal.cumsum(-1) > places)
+    return scores.sub_(removed, alpha=torch.finfo(scores.dtype).max)
