@@ -72,8 +72,8 @@ def backward(
     Returns:
         As ``x``.
     """
-    rows = computed(x).reshape(len(mean), -1)
-    width = rows.shape[1]
+    width = x.numel() // max(len(mean), 1)
+    rows = computed(x).reshape(len(mean), width)
     mean, sigma = mean[:, None], sigma[:, None]
     s = spread(sigma, eps, official)
     y = (rows - mean) / s

@@ -172,6 +172,8 @@ TARGET void backward(const Problem& p, int64_t first, int64_t last, float*) {
     const T* const other = static_cast<const T*>(p.grad_total) + r * p.width;
     const float mean = p.mean[r], sigma = p.sigma[r];
     const float s = spread(p, sigma), scale = 1 / s;
+    // Nothing is left of a single entry; a fused multiply-add would leave its rounding.
+    const float outer = p.width == 1 && !p.detach_mean ? 0 : scale;
     Sum sum, products;
     each(p.width, [&] EACH {
       using V = decltype(lane);
@@ -192,7 +194,7 @@ TARGET void backward(const Problem& p, int64_t first, int64_t last, float*) {
       using V = decltype(lane);
       const V y = (load<V>(x + i) - mean) * scale;
       const V h = load<V>(g + i) * (C - slope * y);
-      V dx = (h - centre - y * shrink) * scale;
+      V dx = (h - centre - y * shrink) * outer;
       if constexpr (RESIDUAL) dx += load<V>(other + i);
       store<STREAM>(output + i, dx);
       __builtin_prefetch(x + p.width + i);

@@ -33,8 +33,7 @@ def norm(
         As ``x``.
     """
     rows = computed(x).reshape(-1, width)
-    mu = rows.mean(dim=1, keepdim=True)  # Eq. 1
-    sigma = rows.std(dim=1, correction=int(official), keepdim=True)
+    sigma, mu = torch.std_mean(rows, dim=1, correction=int(official), keepdim=True)  # Eq. 1
     s = spread(sigma, eps, official)  # Eq. 2
     y = (rows - (mu.detach() if detach_mean else mu)) / (s.detach() if detach_std else s)
     phi = C * (1 - k * y.detach())  # Eq. 5
