@@ -7,21 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from separata_explicit_sparse_transformer.data import DataConfig, load_characters
 from separata_explicit_sparse_transformer.language_model import (
-    Blocks,
     LanguageModelConfig,
-    Memory,
     build_language_model,
     check_processes,
     evaluate_lm,
-    language_model_loss,
     language_model_step,
+    memory_of,
+    train_lm,
+)
+from separata_shared.data import Batches
+from separata_shared.language_model import (
+    Block,
+    language_model_loss,
     language_model_sums,
     reading_blocks,
-    train_lm,
     training_blocks,
 )
 from separata_shared.training import TrainConfig, read_weights
@@ -49,39 +50,10 @@ def small(**changes: Any) -> LanguageModelConfig:
     return replace(CONFIG, vocabulary_size=30, **changes)
 
 
-def test_streams_are_contiguous_and_every_block_follows_its_predecessor() -> None:
-    symbols = np.arange(103)
-    blocks = Blocks(symbols, streams=4, block=5, parts=2)
-    assert len(blocks) == 2 * ((103 // 4 - 1) // 5)
-    first, second, third = blocks[0], blocks[1], blocks[2]
-    assert first.tokens.tolist() == [[0, 1, 2, 3, 4], [25, 26, 27, 28, 29]]
-    assert first.targets.tolist() == [[1, 2, 3, 4, 5], [26, 27, 28, 29, 30]]
-    assert second.tokens[:, 0].tolist() == [50, 75]
-    assert third.tokens[:, 0].tolist() == [5, 30]
-    assert [b.part for b in (first, second, third)] == [0, 1, 0]
-    assert [b.is_first for b in (first, second, third)] == [True, True, False]
-
-
-def test_epochs_are_cut_at_other_places_and_are_functions_of_the_seed() -> None:
-    symbols = np.arange(1000)
-    batches = training_blocks(symbols, CONFIG, seed=1)
-    starts = [int(batches(epoch)[0].tokens[0, 0]) for epoch in range(6)]
-    assert starts[0] == 0
-    assert len(set(starts)) > 3
-    again = training_blocks(symbols, CONFIG, seed=1)
-    assert starts == [int(again(epoch)[0].tokens[0, 0]) for epoch in range(6)]
-
-
-@settings(max_examples=40, deadline=None)
-@given(size=st.integers(2, 200), streams=st.integers(1, 6), block=st.integers(1, 20))
-def test_scoring_reads_every_character_once(size: int, streams: int, block: int) -> None:
-    symbols = np.arange(size)
-    seen: list[int] = []
-    for part in reading_blocks(symbols, streams, block):
-        real = part.targets >= 0
-        seen += part.targets[real].tolist()
-        assert torch.equal(part.tokens[real] + 1, part.targets[real])
-    assert sorted(seen) == list(range(1, size))
+def blocks_of(symbols: Any, config: LanguageModelConfig) -> Batches[Block]:
+    return training_blocks(
+        symbols, streams=config.streams, block=config.block, parts=config.micro_batches, seed=1
+    )
 
 
 def test_scoring_does_not_depend_on_the_length_of_the_blocks() -> None:
@@ -98,9 +70,9 @@ def test_scoring_does_not_depend_on_the_length_of_the_blocks() -> None:
 def test_loss_is_the_cross_entropy_plus_the_span_loss_of_each_character() -> None:
     torch.manual_seed(0)
     config = small(dropout=0.0)
-    model, memory = build_language_model(config), Memory(config)
+    model, memory = build_language_model(config), memory_of(config)
     symbols = np.random.default_rng(0).integers(30, size=200)
-    blocks = training_blocks(symbols, config, seed=1)(0)
+    blocks = blocks_of(symbols, config)(0)
     losses = [language_model_step(model, memory, weight)(model, blocks[0]) for weight in (0.0, 0.5)]
     assert losses[0].count == 4 * 16
     logits, _ = model(blocks[0].tokens, model.start(4))
@@ -114,9 +86,9 @@ def test_loss_is_the_cross_entropy_plus_the_span_loss_of_each_character() -> Non
 def test_memory_connects_the_blocks_of_a_stream() -> None:
     torch.manual_seed(0)
     config = small(dropout=0.0, micro_batches=2, initial_span=1.0)
-    model, memory = build_language_model(config), Memory(config)
+    model, memory = build_language_model(config), memory_of(config)
     symbols = np.random.default_rng(0).integers(30, size=200)
-    blocks = training_blocks(symbols, config, seed=1)(0)
+    blocks = blocks_of(symbols, config)(0)
     step = language_model_step(model, memory, 0.0)
     totals = [step(model, blocks[index]).total.item() for index in range(4)]
     rows = symbols[:200].reshape(4, 50)
@@ -125,19 +97,6 @@ def test_memory_connects_the_blocks_of_a_stream() -> None:
     logs = -logits.log_softmax(-1).gather(-1, whole[:, 1:33, None])[..., 0]
     expected = [logs[:2, :16], logs[2:, :16], logs[:2, 16:], logs[2:, 16:]]
     assert totals == pytest.approx([part.sum().item() for part in expected], rel=1e-5)
-
-
-def test_memory_survives_a_checkpoint() -> None:
-    config = small()
-    memory, other = Memory(config), Memory(config)
-    caches = [torch.randn(4, length, 16) for length in (24, 10)]
-    memory.keep(0, caches)
-    other.load_state_dict(memory.state_dict())
-    found = other.recall(0)
-    assert found is not None
-    assert torch.equal(found[0], caches[0])
-    assert torch.equal(found[1][:, -10:], caches[1])
-    assert (found[1][:, :-10] == 0).all()
 
 
 def weights_after(run: Path, **train: Any) -> dict[str, torch.Tensor]:
@@ -223,8 +182,6 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match=r"language_model\.vocabulary_size"):
         train_lm(language_model=replace(CONFIG, vocabulary_size=7), data=DATA, train=TRAIN)
-    with pytest.raises(ValueError, match="too short"):
-        Blocks(np.arange(20), streams=4, block=5)
     with pytest.raises(ValueError, match="nowhere: not a run"):
         evaluate_lm(run=tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"language_model\.valid_characters"):
@@ -233,7 +190,5 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
         evaluate_lm(run=tmp_path, streams=0)
     with pytest.raises(ValueError, match="characters: must be at least 1"):
         evaluate_lm(run=tmp_path, characters=-5)
-    with pytest.raises(ValueError, match="a text of 1 characters has none to predict"):
-        next(reading_blocks(np.arange(1), 2, 16))
     with pytest.raises(ValueError, match=r"data\.dataset"):
         train_lm(language_model=CONFIG, data=DataConfig(dataset="sample"), train=TRAIN)

@@ -8,30 +8,34 @@ Shapes: B streams, T positions of a block, L maximal span, M model width.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from separata_shared.cli import from_yaml
-from separata_shared.data.batching import Batches
 from separata_shared.files import write_json
+from separata_shared.language_model import (
+    Block,
+    Memory,
+    as_characters,
+    language_model_loss,
+    language_model_sums,
+    next_symbol_loss,
+    reading_blocks,
+    training_blocks,
+)
 from separata_shared.metrics import bits_per_character
 from separata_shared.training import Loss, Run, TrainConfig, TrainResult, distributed, fit
 from separata_shared.training.optim import clip_each_norm
 from separata_shared.training.weights import load_weights
 from separata_shared.translation.scoring import SCORES
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from .data import DataConfig, load_characters
 from .span import AdaptiveSpan, SpanLanguageModel, build_span_language_model
-
-Symbols = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,96 +118,6 @@ class LanguageModelConfig:
                 )
 
 
-class Block(NamedTuple):
-    """One block of some of the streams."""
-
-    tokens: Tensor
-    """Symbols (B,T)."""
-    targets: Tensor
-    """The symbol after each of them (B,T)."""
-    part: int
-    """Which of the micro-batches the streams belong to."""
-    is_first: bool
-    """Whether the streams begin with this block."""
-
-
-class Blocks(Sequence[Block]):
-    """The blocks of a text, all streams advancing together.
-
-    Args:
-        symbols: The text (N,).
-        streams: Number of streams the text is cut into.
-        block: Characters of a block.
-        parts: Micro-batches that the streams of one step are dealt to, in order.
-        offset: Characters left out at the beginning.
-
-    Raises:
-        ValueError: The text is too short for one block.
-    """
-
-    def __init__(
-        self, symbols: Symbols, *, streams: int, block: int, parts: int = 1, offset: int = 0
-    ) -> None:
-        length = (len(symbols) - offset) // streams
-        self._block, self._parts = block, parts
-        self._steps = (length - 1) // block
-        if self._steps < 1:
-            raise ValueError(
-                f"a text of {len(symbols)} characters is too short for {streams} streams of blocks "
-                f"of {block}"
-            )
-        self._rows = symbols[offset : offset + streams * length].reshape(streams, length)
-
-    def __len__(self) -> int:
-        return self._steps * self._parts
-
-    def __getitem__(self, index: Any) -> Any:
-        step, part = divmod(index, self._parts)
-        size = len(self._rows) // self._parts
-        columns = slice(step * self._block, (step + 1) * self._block + 1)
-        chosen = self._rows[part * size : (part + 1) * size, columns].astype(np.int64)
-        block = torch.from_numpy(chosen)
-        return Block(block[:, :-1], block[:, 1:], part, step == 0)
-
-
-class Memory(nn.Module):
-    """What a language model remembers of the streams it is being trained on.
-
-    As a submodule of the model it is saved in checkpoints, so a run of one process goes on exactly
-    where it was. With several, those that did not save begin with an empty past. Weight files,
-    which hold parameters and buffers alone, do not contain it.
-
-    Args:
-        config: Sizes of model and streams.
-    """
-
-    def __init__(self, config: LanguageModelConfig) -> None:
-        super().__init__()
-        streams = config.streams // config.micro_batches
-        self._shape = (config.num_layers, streams, config.max_span, config.width)
-        self._caches: list[list[Tensor] | None] = [None] * config.micro_batches
-
-    def recall(self, part: int) -> list[Tensor] | None:
-        """Caches of the layers after the last block of ``part``; None before the first."""
-        return self._caches[part]
-
-    def keep(self, part: int, caches: list[Tensor]) -> None:
-        """Replace the caches of ``part``."""
-        self._caches[part] = caches
-
-    def get_extra_state(self) -> Tensor:
-        """All caches, filled up with zeros to their longest: ``(parts, layers, B, L, M)``."""
-        state = torch.zeros(len(self._caches), *self._shape)
-        for part, caches in enumerate(self._caches):
-            for layer, cache in enumerate(caches or []):
-                state[part, layer, :, self._shape[2] - cache.shape[1] :] = cache
-        return state
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take over what ``get_extra_state`` gave."""
-        self._caches = [list(part.unbind()) for part in state]
-
-
 def train_lm(
     *,
     language_model: LanguageModelConfig,
@@ -239,7 +153,7 @@ def train_lm(
     check_processes(config, train, distributed.start(train.device).size)
     torch.manual_seed(train.seed)
     model = build_language_model(config)
-    memory = Memory(config)
+    memory = memory_of(config)
     model.add_module("memory", memory)
 
     def evaluate(network: nn.Module) -> dict[str, float]:
@@ -251,7 +165,13 @@ def train_lm(
 
     return fit(
         model,
-        training_blocks(characters.train, config, seed=train.seed),
+        training_blocks(
+            characters.train,
+            streams=config.streams,
+            block=config.block,
+            parts=config.micro_batches,
+            seed=train.seed,
+        ),
         language_model_step(model, memory, config.span_loss),
         config=train,
         run=Run(run, {"language_model": config, "data": data, "train": train}),
@@ -259,11 +179,6 @@ def train_lm(
         before_step=lambda step: model.clamp_spans(),
         clip=partial(clip_each_norm, max_norm=train.clip_norm or math.inf),
     )
-
-
-def as_characters(data: DataConfig) -> DataConfig:
-    """The made text in the place of the made sentence pairs of the default configuration."""
-    return replace(data, dataset="tiny_characters") if data.dataset == "tiny" else data
 
 
 def check_processes(config: LanguageModelConfig, train: TrainConfig, processes: int) -> None:
@@ -300,20 +215,11 @@ def build_language_model(config: LanguageModelConfig) -> SpanLanguageModel:
     )
 
 
-def training_blocks(symbols: Symbols, config: LanguageModelConfig, *, seed: int) -> Batches[Block]:
-    """Blocks of each epoch; every epoch cuts the text at other places, drawn from the seed."""
-
-    def epoch_blocks(epoch: int) -> Blocks:
-        offset = int(np.random.default_rng((seed, epoch)).integers(config.block))
-        return Blocks(
-            symbols,
-            streams=config.streams,
-            block=config.block,
-            parts=config.micro_batches,
-            offset=offset if epoch else 0,
-        )
-
-    return epoch_blocks
+def memory_of(config: LanguageModelConfig) -> Memory:
+    """An empty memory for the streams and caches of ``config``."""
+    parts = config.micro_batches
+    shape = (config.num_layers, config.streams // parts, config.max_span, config.width)
+    return Memory(shape, parts=parts)
 
 
 def language_model_step(
@@ -328,67 +234,12 @@ def language_model_step(
     """
 
     def step(network: nn.Module, batch: Block) -> Loss:
-        caches = None if batch.is_first else memory.recall(batch.part)
-        caches = model.start(len(batch.tokens)) if caches is None else caches
-        logits, kept = network(batch.tokens, [cache.to(batch.tokens.device) for cache in caches])
-        memory.keep(batch.part, kept)
-        count = torch.tensor(batch.targets.numel(), device=logits.device)
-        nll = F.cross_entropy(
-            logits.float().flatten(0, 1), batch.targets.flatten(), reduction="sum"
-        )
+        loss = next_symbol_loss(network, model, memory, batch)
         spans = model.span_loss()
-        log = {"nll": nll.detach(), "span": spans.detach() / len(model.spans) * count}
-        return Loss(total=nll + count * span_loss * spans, count=count, log=log)
+        log = {**loss.log, "span": spans.detach() / len(model.spans) * loss.count}
+        return replace(loss, total=loss.total + loss.count * span_loss * spans, log=log)
 
     return step
-
-
-def reading_blocks(symbols: Symbols, streams: int, block: int) -> Iterator[Block]:
-    """Blocks for scoring: streams as even as can be, and no character after the first left out.
-
-    Raises:
-        ValueError: There is no character to predict.
-    """
-    if len(symbols) < 2:
-        raise ValueError(f"a text of {len(symbols)} characters has none to predict")
-    length = math.ceil((len(symbols) - 1) / streams)
-    starts = range(0, len(symbols) - 1, length)
-    rows = [symbols[start : start + length + 1].astype(np.int64) for start in starts]
-    for begin in range(0, length, block):
-        parts = [torch.from_numpy(row[begin : begin + block + 1]) for row in rows]
-        # Only the last stream can be shorter than the others; its missing targets do not count.
-        padded = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=_NO_TARGET)
-        yield Block(padded[:, :-1].clamp(min=0), padded[:, 1:], 0, begin == 0)
-
-
-_NO_TARGET = -100
-
-
-@torch.no_grad()
-def language_model_sums(
-    model: SpanLanguageModel, blocks: Iterable[Block]
-) -> Iterator[tuple[float, int]]:
-    """Summed negative log-likelihood in nats and number of characters of each block."""
-    device = model.key_positions.device
-    caches: list[Tensor] = []
-    for batch in blocks:
-        tokens, targets = batch.tokens.to(device), batch.targets.to(device)
-        if batch.is_first:
-            caches = model.start(len(tokens))
-        logits, caches = model(tokens, caches)
-        nll = F.cross_entropy(
-            logits.float().flatten(0, 1),
-            targets.flatten(),
-            ignore_index=_NO_TARGET,
-            reduction="sum",
-        )
-        yield nll.item(), int((targets != _NO_TARGET).sum())
-
-
-def language_model_loss(model: SpanLanguageModel, blocks: Iterable[Block]) -> dict[str, float]:
-    """Negative log-likelihood in nats, and bits, per character."""
-    bits = bits_per_character(language_model_sums(model, blocks)).value
-    return {"loss": bits * math.log(2), "bits_per_character": bits}
 
 
 def span_statistics(model: SpanLanguageModel) -> dict[str, float]:
