@@ -1,15 +1,15 @@
-"""Fused top-k attention for NVIDIA GPUs, in Triton. Not run on a GPU: checked by the interpreter.
+"""Fused top-k attention for NVIDIA GPUs, in Triton; not run on a GPU, checked in the interpreter.
 
 The forward takes the product of queries and keys twice. The first pass keeps maxima over groups of
 keys, of which the k-th largest is a lower bound of the k-th largest score. The second appends the
 few scores above it to a list of bounded length, among which the selection is exact. The keys of a
-list are gathered, so that only k exponentials, values and gradients a row are paid. Of the lists the
-kept keys and their weights stay for the backward, O(T k).
+list are gathered, so a row pays for k exponentials, values and gradients only. The kept keys and
+their weights stay for the backward, O(T k).
 
-A row whose list is full (many scores are equal, or k is larger than was announced) is served without
-one: its k-th largest score is found bit by bit, in 31 further passes, and its output and gradients
-are products of matrices with all keys. So the result is always exact, only slower. Which rows these
-are is known on the device only; nothing waits for it.
+A row whose list overflows (many scores are equal, or k is larger than announced) does without one:
+its k-th largest score is found bit by bit in 31 further passes, and its output and gradients are
+products with all keys. So every row is exact, and such rows are slow. Which rows these are is known
+on the device only, and nothing waits for it.
 """
 
 import importlib.util
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_KEYS = 256  # of a row; the groups are too few for more
-# Where gradients of keys are summed by key, lists of these many keys are handled at a time.
-GATHERED = 4096
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Numbers that one program gathers at a time: 16 for each of its 128 threads.
+GATHERED = 2048
 
 
 def supports(
@@ -40,15 +40,21 @@ def supports(
     """
     if return_weights:
         return "it never holds the weights of all keys"
-    if any(x.dtype not in (torch.float32, torch.float16, torch.bfloat16) for x in (query, key, value)):
-        return "it computes in float32, for inputs of at most that precision"
-    if most_keys is not None and most_keys > MOST_KEYS:
-        return f"it keeps at most {MOST_KEYS} keys of a row"
+    if any(x.dtype not in DTYPES for x in (query, key, value)):
+        return f"it computes in float32, which is too little for {query.dtype}"
     if max(query.shape[3], value.shape[3]) > 256:
         return "its heads are at most 256 wide"
+    if most_keys is not None and most_keys > _most_keys(query, value):
+        return f"it keeps at most {_most_keys(query, value)} keys of such heads"
     if max(query[..., 0].numel(), key[..., 0].numel()) >= 2**31:
         return "its indices have 32 bits, too few for this many keys"
     return _unavailable(query.device.type)
+
+
+def _most_keys(query: Tensor, value: Tensor) -> int:
+    """Largest k for which there are enough groups of keys in the memory of a multiprocessor."""
+    wide = max(query.shape[3], value.shape[3]) > 128
+    return 128 if wide and query.dtype == torch.float32 else 256
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -58,7 +64,7 @@ def _unavailable(device: str) -> str | None:
         return "triton is not installed; PyTorch for CUDA brings it"
     if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return f"it runs on GPUs, and with TRITON_INTERPRET=1 on the CPU, not on {device}"
+    return f"it runs on GPUs, and with TRITON_INTERPRET=1 slowly anywhere, but not on {device}"
 
 
 def attend(
@@ -80,22 +86,21 @@ def attend(
         query: ``(B, H, T, D)``.
         key: ``(B, H_kv, S, D)``.
         value: ``(B, H_kv, S, D_v)``.
-        top_k: One number or a tensor broadcastable to ``(B, H, T)``.
+        top_k: One number, or a tensor broadcastable to ``(B, H, T)``.
         mask: Boolean, of four dimensions.
         bias: Of four dimensions.
         causal: Whether queries see the past only.
         ties: ``"keep"`` or ``"exact"``.
         dropout: Probability of dropping a weight.
-        most_keys: Largest k of a tensor, if it is known; rows with more are served, but slowly.
+        most_keys: Largest number in ``top_k``, where known; rows with more are served slowly.
 
     Returns:
         Output ``(B, H, T, D_v)`` in the dtype of ``value``.
     """
     rows_k = None
     if isinstance(top_k, Tensor):
-        rows_k = top_k.to(query.device)
-        top_k = MOST_KEYS if most_keys is None else most_keys
-    most = min(top_k, key.shape[2], MOST_KEYS)
+        rows_k, top_k = top_k.to(query.device), most_keys or _most_keys(query, value)
+    most = min(top_k, key.shape[2], _most_keys(query, value))
     output: Tensor = _forward(query, key, value, rows_k, most, mask, bias, causal, ties, dropout)[0]
     return output
 
@@ -104,30 +109,30 @@ def attend(
 class _Sizes:
     """Sizes of blocks and lists; those of scores are the same in every kernel of a call."""
 
-    rows: int  # M
-    keys: int  # N
-    depth: int
-    capacity: int
-    slots: int
+    M: int  # query rows of a block of scores
+    N: int  # its keys, and the number of groups
+    depth: int  # largest scores kept of each group
+    capacity: int  # candidates of a row
+    slots: int  # kept keys of a row
+    num_warps: int
     num_stages: int
 
 
-def _sizes(query: Tensor, *, most: int, ties: str) -> _Sizes:
-    """Choose the sizes; estimates, not measured.
+def _sizes(query: Tensor, value: Tensor, *, most: int, ties: str) -> _Sizes:
+    """Choose the sizes such that registers suffice; estimates, not measured.
 
-    With N groups and a depth of 1, k up to N / 2 gives 1.4 k candidates on average. Equal scores
-    may add some keys to a row beyond the k that its list has room for.
+    A row is expected to have up to 1.2 k candidates. A list has room for some keys beyond k, which
+    equal scores add.
     """
-    target, width = query.shape[2:]
-    single = query.dtype == torch.float32
-    keys = 128 if most > 128 or (width <= 128 and not single) else 64
-    rows = (16 if keys == 128 else 32) if single else 64
+    single, width = query.dtype == torch.float32, max(query.shape[3], value.shape[3])
+    groups = 64 if most <= 128 else 128
     return _Sizes(
-        rows=min(rows, max(_power_of_two(target), 16)),
-        keys=keys,
-        depth=_power_of_two(-(-2 * most // keys)),
+        M=min(16 if single else 64, _block(query.shape[2])),
+        N=groups,
+        depth=min(_power_of_two(_cdiv(4 * most, groups)), 4),
         capacity=max(2 * _power_of_two(most), 32),
         slots=most if ties == "exact" else most // 4 * 4 + 8,
+        num_warps=8 if single or width > 128 else 4,
         num_stages=3 if width <= 64 else 2,
     )
 
@@ -137,8 +142,97 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def _block(size: int) -> int:
+    """The size of a block that holds ``size``; products of matrices take at least 16."""
+    return max(_power_of_two(size), 16)
+
+
+def _cdiv(number: int, size: int) -> int:
+    return -(-number // size)
+
+
+class _Call:
+    """What the kernels of a forward or backward have in common.
+
+    Args:
+        query: ``(B, H, T, D)``.
+        key: ``(B, H_kv, S, D)``.
+        value: ``(B, H_kv, S, D_v)``.
+        top_k: Broadcastable to ``(B, H, T)``; None where ``most`` is k of every row.
+        most: Largest k.
+        mask: Boolean, of four dimensions.
+        bias: Of four dimensions.
+        ties: ``"keep"`` or ``"exact"``.
+        seed: Seed of dropout, ``(1,)``, empty without.
+        dropout: Probability of dropping a weight.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        top_k: Tensor | None,
+        most: int,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        ties: str,
+        seed: Tensor,
+        dropout: float,
+    ) -> None:
+        self.kernels = kernels = _kernels()
+        self.sizes = _sizes(query, value, most=most, ties=ties)
+        batch, num_heads, target, width = query.shape
+        source = key.shape[2]
+        self.scores = (batch, num_heads, target, source)
+        k = most if top_k is None else top_k
+        dtype = torch.promote_types(query.dtype, key.dtype)
+        self.problem = kernels.Problem(
+            query=self.strided(query.to(dtype)),
+            key=self.strided(key.to(dtype)),
+            value=self.strided(value),
+            mask=None if mask is None else self.broadcast(mask),
+            bias=None if bias is None else self.broadcast(bias),
+            top_k=kernels.Strided(
+                k, k.expand(self.scores[:3]).stride() if isinstance(k, Tensor) else None
+            ),
+            H=num_heads,
+            repeats=num_heads // key.shape[1],
+            T=target,
+            S=source,
+            scale=width**-0.5,
+        )
+        self.dropout = kernels.Dropout(seed if dropout > 0.0 else None, dropout)
+        self.rows = batch * num_heads * target
+        self.query_width = {"D": width, "BLOCK_D": _block(width)}
+        self.value_width = {"D_V": value.shape[3], "BLOCK_V": _block(value.shape[3])}
+        self.widths = {**self.query_width, **self.value_width}
+        self.tile = {"M": self.sizes.M, "N": self.sizes.N, "num_warps": self.sizes.num_warps}
+        # One program for each tile of query rows or of keys.
+        self.query_tiles = (batch * num_heads * _cdiv(target, self.sizes.M),)
+        self.key_tiles = (batch * key.shape[1] * _cdiv(source, self.sizes.N),)
+
+    def strided(self, x: Tensor) -> Any:
+        """A tensor as the kernels take it."""
+        return self.kernels.Strided(x, x.stride())
+
+    def broadcast(self, x: Tensor) -> Any:
+        """A mask or bias; kernels read one row where all rows are the same."""
+        strides = x.expand(self.scores).stride()
+        rows = None if x.shape[2] == 1 else strides[2]
+        return self.kernels.Strided(x, (strides[0], strides[1], rows, strides[3]))
+
+    def gathering(self, most: int) -> dict[str, int]:
+        """How many rows a program takes where keys are gathered, and how many keys at a time."""
+        rows = max(1, min(8, 512 // _power_of_two(most)))
+        widest = max(self.widths["BLOCK_D"], self.widths["BLOCK_V"])
+        keys = max(1, min(GATHERED // (rows * widest), _power_of_two(most)))
+        return {"BLOCK_R": rows, "C": keys}
+
+
 def _kernels() -> ModuleType:
-    """Import the kernels; PyTorch without CUDA comes without Triton."""
+    """Import the kernels; PyTorch for CPUs comes without Triton."""
     from separata_shared.attention.topk import triton_kernels
 
     return triton_kernels
@@ -163,57 +257,61 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output; keys and weights of the lists ``(R, slots)``; limits of rows; seed of dropout.
 
-    The limits of the backward are three floats ``(3, R)`` and two integers ``(2, R)`` for each row.
-    ``most`` is k, or the most of ``top_k``.
+    The limits are three floats ``(3, R)`` and two integers ``(2, R)`` for each row; ``most`` is k,
+    or the most of ``top_k``.
     """
-    kernels = _kernels()
-    sizes = _sizes(query, most=most, ties=ties)
-    problem = _problem(query, key, value, most if top_k is None else top_k, mask, bias)
-    outputs = _empty_outputs(query, value, sizes.slots, dropout)
-    output, columns, weights, floats, integers, seed = outputs
+    outputs = _empty_outputs(query, value, most, ties, dropout)
+    output, keys, weights, floats, integers, seed = outputs
     if dropout > 0.0:
         torch.randint(2**62, (1,), device=query.device, out=seed)
-    rows = query[..., 0].numel()
-    candidates = query.new_empty(rows, sizes.capacity, dtype=torch.int64)
-    counts = query.new_empty(rows, dtype=torch.int32)
+    call = _Call(
+        query,
+        key,
+        value,
+        top_k=top_k,
+        most=most,
+        mask=mask,
+        bias=bias,
+        ties=ties,
+        seed=seed,
+        dropout=dropout,
+    )
+    kernels, problem, sizes = call.kernels, call.problem, call.sizes
     limits = kernels.Limits(*floats, *integers)
-    random = kernels.Dropout(seed if dropout > 0.0 else None, dropout)
-    tiles = (query.shape[0] * query.shape[1] * _cdiv(query.shape[2], sizes.rows),)
-    widths, blocks = _widths(query, value), {"M": sizes.rows, "N": sizes.keys}
-    kernels.search_kernel[tiles](
-        problem,
-        candidates,
-        counts,
-        CAUSAL=causal,
-        D=widths["D"],
-        BLOCK_D=widths["BLOCK_D"],
-        DEPTH=sizes.depth,
-        CAPACITY=sizes.capacity,
-        num_stages=sizes.num_stages,
-        **blocks,
-    )
-    exact = {"EXACT": ties == "exact", "CAPACITY": sizes.capacity}
-    block = max(1, min(16, 1024 // sizes.capacity))
-    kernels.select_kernel[(_cdiv(rows, block),)](
-        problem,
-        candidates,
-        counts,
-        random,
-        output,
-        columns,
-        weights,
-        limits,
-        rows,
-        D_V=widths["D_V"],
-        BLOCK_V=widths["BLOCK_V"],
-        SLOTS=sizes.slots,
-        BLOCK_R=block,
-        C=_chunk(block, widths, sizes.capacity),
-        **exact,
-    )
-    kernels.dense_kernel[tiles](
-        problem, counts, random, output, limits, CAUSAL=causal, num_stages=1, **exact, **widths, **blocks
-    )
+    candidates = query.new_empty(call.rows, sizes.capacity, dtype=torch.int64)
+    counts = query.new_empty(call.rows, dtype=torch.int32)
+    tile: dict[str, Any] = {**call.tile, "CAUSAL": causal, "CAPACITY": sizes.capacity}
+    exact = ties == "exact"
+    with torch.accelerator.device_index(query.device.index):
+        kernels.search_kernel[call.query_tiles](
+            problem,
+            candidates,
+            counts,
+            DEPTH=sizes.depth,
+            num_stages=sizes.num_stages,
+            **call.query_width,
+            **tile,
+        )
+        gathering = call.gathering(sizes.capacity)
+        kernels.select_kernel[(_cdiv(call.rows, gathering["BLOCK_R"]),)](
+            problem,
+            candidates,
+            counts,
+            call.dropout,
+            output,
+            keys,
+            weights,
+            limits,
+            call.rows,
+            EXACT=exact,
+            CAPACITY=sizes.capacity,
+            SLOTS=sizes.slots,
+            **call.value_width,
+            **gathering,
+        )
+        kernels.dense_kernel[call.query_tiles](
+            problem, counts, call.dropout, output, limits, EXACT=exact, **call.widths, **tile
+        )
     return outputs
 
 
@@ -230,15 +328,15 @@ def _(
     ties: str,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(query, value, _sizes(query, most=most, ties=ties).slots, dropout)
+    return _empty_outputs(query, value, most, ties, dropout)
 
 
 def _empty_outputs(
-    query: Tensor, value: Tensor, slots: int, dropout: float
+    query: Tensor, value: Tensor, most: int, ties: str, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for the outputs of the forward; places of lists without a key hold zeros."""
+    """Memory for the outputs of the forward; unused slots of lists hold zeros."""
     batch, num_heads, target, _ = query.shape
-    rows = batch * num_heads * target
+    rows, slots = batch * num_heads * target, _sizes(query, value, most=most, ties=ties).slots
     return (
         value.new_empty(batch, num_heads, target, value.shape[3]),
         query.new_zeros(rows, slots, dtype=torch.int32),
@@ -249,70 +347,6 @@ def _empty_outputs(
     )
 
 
-def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    top_k: int | Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-) -> Any:
-    """The scores as the kernels take them."""
-    kernels = _kernels()
-    batch, num_heads, target, width = query.shape
-    dtype = torch.promote_types(query.dtype, key.dtype)
-    shape = (batch, num_heads, target, key.shape[2])
-    if isinstance(top_k, Tensor):
-        k = kernels.Strided(top_k, top_k.expand(shape[:3]).stride())
-    else:
-        k = kernels.Strided(top_k, None)
-    return kernels.Problem(
-        query=_strided(query.to(dtype)),
-        key=_strided(key.to(dtype)),
-        value=_strided(value),
-        mask=None if mask is None else _broadcast(mask, shape),
-        bias=None if bias is None else _broadcast(bias, shape),
-        top_k=k,
-        H=num_heads,
-        repeats=num_heads // key.shape[1],
-        T=target,
-        S=key.shape[2],
-        scale=width**-0.5,
-    )
-
-
-def _strided(x: Tensor) -> Any:
-    return _kernels().Strided(x, x.stride())
-
-
-def _broadcast(x: Tensor, shape: tuple[int, ...]) -> Any:
-    """A mask or bias; kernels read one row where all rows are the same."""
-    strides = x.expand(shape).stride()
-    rows = None if x.shape[2] == 1 else strides[2]
-    return _kernels().Strided(x, (strides[0], strides[1], rows, strides[3]))
-
-
-def _widths(query: Tensor, value: Tensor) -> dict[str, int]:
-    """Widths of heads, and the blocks they are padded to; products take at least 16."""
-    width, value_width = query.shape[3], value.shape[3]
-    return {
-        "D": width,
-        "BLOCK_D": max(_power_of_two(width), 16),
-        "D_V": value_width,
-        "BLOCK_V": max(_power_of_two(value_width), 16),
-    }
-
-
-def _chunk(block: int, widths: dict[str, int], most: int) -> int:
-    """How many keys of each row are gathered at a time."""
-    widest = max(widths["BLOCK_D"], widths["BLOCK_V"])
-    return max(1, min(GATHERED // (block * widest), _power_of_two(most)))
-
-
-def _cdiv(number: int, size: int) -> int:
-    return -(-number // size)
-
-
 @torch.library.custom_op("separata::topk_attention_triton_backward", mutates_args=())
 def _backward(
     grad: Tensor,
@@ -320,112 +354,140 @@ def _backward(
     key: Tensor,
     value: Tensor,
     top_k: Tensor | None,
-    most: int,
     mask: Tensor | None,
     bias: Tensor | None,
-    columns: Tensor,
+    keys: Tensor,
     weights: Tensor,
     floats: Tensor,
     integers: Tensor,
     seed: Tensor,
+    most: int,
     causal: bool,
     ties: str,
     dropout: float,
-    bias_gradient: bool,
+    with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias (empty where it is not asked for).
-
-    Keys that several rows keep get sums of their gradients: by atomic additions, or where
-    deterministic algorithms are asked for from the lists sorted by key.
-    """
-    kernels = _kernels()
-    sizes = _sizes(query, most=most, ties=ties)
-    problem = _problem(query, key, value, most if top_k is None else top_k, mask, bias)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    limits = kernels.Limits(*floats, *integers)
-    random = kernels.Dropout(seed if dropout > 0.0 else None, dropout)
-    upstream, widths = _strided(grad), _widths(query, value)
-    rows, blocks = len(columns), {"M": sizes.rows, "N": sizes.keys}
-
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    grad_key, grad_value = (
-        torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
-        for x in (key, value)
+    """Gradients of query, key, value and bias (empty where it is not asked for)."""
+    call = _Call(
+        query,
+        key,
+        value,
+        top_k=top_k,
+        most=most,
+        mask=mask,
+        bias=bias,
+        ties=ties,
+        seed=seed,
+        dropout=dropout,
     )
-    grad_bias = grad_scores = None
-    if bias_gradient:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grads: list[Any] = [
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        key.new_zeros(key.shape, dtype=torch.float32),
+        value.new_zeros(value.shape, dtype=torch.float32),
+        None,
+    ]
+    grad_bias = None
+    if with_bias:
         assert bias is not None
-        shape = (*query.shape[:3], key.shape[2])
-        # Every score has its own place, so the order of additions does not matter.
-        grad_bias = grad.new_zeros(shape if deterministic else bias.shape, dtype=torch.float32)
-    if deterministic:
-        grad_scores = torch.empty_like(weights)
-    places = None if grad_bias is None else _broadcast(grad_bias, (*query.shape[:3], key.shape[2]))
-    block = max(1, min(16, 256 // _power_of_two(sizes.slots)))
-    lists = {"SLOTS": sizes.slots, "BLOCK_R": block, "C": _chunk(block, widths, sizes.slots)}
-    kernels.lists_backward_kernel[(_cdiv(rows, block),)](
-        problem,
+        # A place for every score makes the order of additions irrelevant.
+        shape = call.scores if deterministic else bias.shape
+        grad_bias = bias.new_zeros(shape, dtype=torch.float32)
+        grads[3] = call.broadcast(grad_bias)
+    limits = call.kernels.Limits(*floats, *integers)
+    upstream = call.strided(grad)
+    with torch.accelerator.device_index(query.device.index):
+        _list_gradients(call, upstream, keys, weights, limits, grads, deterministic)
+        _dense_gradients(call, upstream, limits, grads, causal)
+    if grad_bias is None or bias is None:
+        grad_bias = query.new_empty(0)
+    else:
+        grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
+    return grads[0], grads[1].to(key.dtype), grads[2].to(value.dtype), grad_bias
+
+
+def _list_gradients(
+    call: _Call,
+    upstream: Any,
+    keys: Tensor,
+    weights: Tensor,
+    limits: Any,
+    grads: list[Any],
+    deterministic: bool,
+) -> None:
+    """Add the gradients through the lists.
+
+    Keys and values get sums over the rows that keep them: by atomic additions, in any order, or
+    from the lists sorted by key, which is deterministic.
+    """
+    slots, gathering = call.sizes.slots, call.gathering(call.sizes.slots)
+    grad_query, grad_key, grad_value, grad_bias = grads
+    grad_scores = torch.empty_like(weights) if deterministic else None
+    call.kernels.lists_backward_kernel[(_cdiv(call.rows, gathering["BLOCK_R"]),)](
+        call.problem,
         upstream,
-        columns,
+        keys,
         weights,
-        random,
+        call.dropout,
         limits,
         grad_query,
         grad_key,
         grad_value,
-        places,
+        grad_bias,
         grad_scores,
-        rows,
-        **widths,
-        **lists,
+        call.rows,
+        SLOTS=slots,
+        **call.widths,
+        **gathering,
     )
-    if grad_scores is not None:
-        order, offsets = _sort_by_key(columns, integers[1], query, key)
-        kernels.keys_backward_kernel[(_cdiv(len(offsets) - 1, block),)](
-            problem,
+    if deterministic:
+        order, offsets = _sort_by_key(keys, limits.size, call)
+        num_keys = len(offsets) - 1
+        call.kernels.keys_backward_kernel[(_cdiv(num_keys, gathering["BLOCK_R"]),)](
+            call.problem,
             upstream,
             weights,
-            random,
+            call.dropout,
             grad_scores,
             order,
             offsets,
             grad_key,
             grad_value,
-            len(offsets) - 1,
-            **widths,
-            **lists,
+            num_keys,
+            SLOTS=slots,
+            **call.widths,
+            **gathering,
         )
-    means = torch.empty_like(floats[0])
-    dense = {"CAUSAL": causal, "num_stages": 1, **widths, **blocks}
-    tiles = query.shape[0] * query.shape[1] * _cdiv(query.shape[2], sizes.rows)
-    kernels.dense_queries_backward_kernel[(tiles,)](
-        problem, upstream, random, limits, grad_query, places, means, **dense
-    )
-    tiles = key.shape[0] * key.shape[1] * _cdiv(key.shape[2], sizes.keys)
-    kernels.dense_keys_backward_kernel[(tiles,)](
-        problem, upstream, random, limits, means, grad_key, grad_value, **dense
-    )
-    if grad_bias is not None:
-        assert bias is not None
-        grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
-    else:
-        grad_bias = query.new_empty(0)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias
 
 
-def _sort_by_key(
-    columns: Tensor, sizes: Tensor, query: Tensor, key: Tensor
-) -> tuple[Tensor, Tensor]:
+def _sort_by_key(keys: Tensor, sizes: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     """Places in the lists ``(R, slots)`` in the order of keys, and where each key begins there."""
-    num_keys = key[..., 0].numel()
-    slots = torch.arange(columns.shape[1], device=columns.device)
-    rows = torch.arange(len(columns), device=columns.device)
+    batch, num_heads, target, source = call.scores
+    repeats = call.problem.repeats
+    num_keys = batch * num_heads // repeats * source
+    slots = torch.arange(keys.shape[1], device=keys.device)
+    rows = torch.arange(len(keys), device=keys.device)
     # Heads that share a key head follow one another in the rows as in the keys.
-    first = rows // (query.shape[1] // key.shape[1] * query.shape[2]) * key.shape[2]
-    keys = torch.where(slots < sizes.unsqueeze(1), columns + first.unsqueeze(1), num_keys)
+    first = rows // (repeats * target) * source
+    keys = torch.where(slots < sizes.unsqueeze(1), keys + first.unsqueeze(1), num_keys)
     ordered, order = keys.int().flatten().sort(stable=True)
     bounds = torch.arange(num_keys + 1, device=keys.device, dtype=torch.int32)
     return order, torch.searchsorted(ordered, bounds)
+
+
+def _dense_gradients(
+    call: _Call, upstream: Any, limits: Any, grads: list[Any], causal: bool
+) -> None:
+    """Add the gradients through the rows without a list; each program owns what it writes."""
+    grad_query, grad_key, grad_value, grad_bias = grads
+    means = torch.empty_like(limits.total)
+    options = {"CAUSAL": causal, "num_stages": 1, **call.widths, **call.tile}
+    call.kernels.dense_queries_backward_kernel[call.query_tiles](
+        call.problem, upstream, call.dropout, limits, grad_query, grad_bias, means, **options
+    )
+    call.kernels.dense_keys_backward_kernel[call.key_tiles](
+        call.problem, upstream, call.dropout, limits, means, grad_key, grad_value, **options
+    )
 
 
 @_backward.register_fake
@@ -435,46 +497,44 @@ def _(
     key: Tensor,
     value: Tensor,
     top_k: Tensor | None,
-    most: int,
     mask: Tensor | None,
     bias: Tensor | None,
-    columns: Tensor,
+    keys: Tensor,
     weights: Tensor,
     floats: Tensor,
     integers: Tensor,
     seed: Tensor,
+    most: int,
     causal: bool,
     ties: str,
     dropout: float,
-    bias_gradient: bool,
+    with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, key, value = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
     )
-    if not bias_gradient:
-        return query, key, value, query.new_empty(0)
-    assert bias is not None
-    return query, key, value, bias.new_empty(bias.shape)
+    shape = bias.shape if bias is not None and with_bias else (0,)
+    return query, key, value, (query if bias is None else bias).new_empty(shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, top_k, most, mask, bias, causal, ties, dropout = inputs
+    with_bias = bias is not None and ctx.needs_input_grad[6]
+    ctx.options = most, causal, ties, dropout, with_bias
     ctx.save_for_backward(query, key, value, top_k, mask, bias, *output[1:])
-    ctx.most = most
-    ctx.options = causal, ties, dropout, bias is not None and ctx.needs_input_grad[6]
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, top_k, *others = ctx.saved_tensors
-    grads = _backward(grad, query, key, value, top_k, ctx.most, *others, *ctx.options)
-    grad_bias = grads[3] if ctx.options[3] else None
+def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    grads = _backward(grad, *ctx.saved_tensors, *ctx.options)
+    grad_bias = grads[3] if ctx.options[-1] else None
     return (*grads[:3], None, None, None, grad_bias, None, None, None)
 
 
 def _refuse(*_: Any) -> None:
     raise RuntimeError(
-        "the backward of top-k attention cannot be differentiated again: its kernels keep the "
-        "selected keys only; use impl='reference' for second derivatives"
+        "top-k attention in fused kernels has no second derivative: they compute the first one "
+        "without recording how; impl='reference' has all derivatives"
     )
 
 

@@ -55,9 +55,9 @@ class Limits(NamedTuple):
     """What decides whether a row keeps a key, and its weight; each ``(R,)``."""
 
     threshold: Any  # k-th largest score
-    last: Any  # last key kept among those with this score
     highest: Any  # largest score
     total: Any  # sum of exponentials
+    last: Any  # last key kept among those with the k-th largest score
     size: Any  # listed keys; -1 for a row without a list
 
 
@@ -128,7 +128,7 @@ def _row_k(problem, batch, head, time, inside):
     k = problem.top_k.data
     if problem.top_k.strides is not None:
         strides = problem.top_k.strides
-        k = tl.load(k + batch * strides[0] + head * strides[1] + time * strides[2], mask=inside)
+        k = tl.load(k + batch * strides[0] + head * strides[1] + time * strides[2], mask=inside, other=1)
     return k
 
 
@@ -200,11 +200,11 @@ def _factor(dropout, rows, columns):
 
 
 @triton.jit
-def _store_limits(limits, rows, threshold, last, highest, total, size, inside):
+def _store_limits(limits, rows, threshold, highest, total, last, size, inside):
     tl.store(limits.threshold + rows, threshold, mask=inside)
-    tl.store(limits.last + rows, last, mask=inside)
     tl.store(limits.highest + rows, highest, mask=inside)
     tl.store(limits.total + rows, total, mask=inside)
+    tl.store(limits.last + rows, last, mask=inside)
     tl.store(limits.size + rows, size, mask=inside)
 
 
@@ -228,7 +228,7 @@ def search_kernel(
 
     Args:
         problem: The scores.
-        candidates: ``(R, CAPACITY)``: bits of the score above the key, in the order of keys.
+        candidates: ``(R, CAPACITY)``: bits of the score above the key; equal scores in the order of keys.
         counts: Listed scores ``(R,)``; above CAPACITY the list is not complete.
     """
     tile, batch, head = _tile(tl.cdiv(problem.T, M), problem)
@@ -255,20 +255,26 @@ def search_kernel(
     inside = rows < problem.T
     bound = _kth_largest(first, _row_k(problem, batch, head, rows, inside), 15)
     bound = tl.where(inside, bound, float("inf"))
-    row = (batch * problem.H + head) * problem.T + rows
+    row = (batch * problem.H + head) * problem.T + tile * M
+    lists = candidates + row.to(tl.int64) * CAPACITY + tl.arange(0, M) * CAPACITY
     count = tl.zeros([M], tl.int32)
     for start in range(0, stop, N):
         columns = start + tl.arange(0, N)
         scores = _scores(problem, q, batch, head, rows, columns, CAUSAL, D)
-        found = scores >= bound[:, None]
-        number = tl.sum(found.to(tl.int32), 1)
-        if tl.max(number) > 0:
-            place = count[:, None] + tl.cumsum(found.to(tl.int32), 1) - 1
-            packed = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | columns[None, :]
-            address = candidates + row.to(tl.int64)[:, None] * CAPACITY + place
-            tl.store(address, packed, mask=found & (place < CAPACITY))
-        count += number
-    tl.store(counts + row, count, mask=inside)
+        best = tl.max(scores, 1)
+        if tl.max((best >= bound).to(tl.int32)) > 0:
+            # Reductions over columns are cheap, a scatter is not: each turn takes the largest score
+            # of every row, the lowest key among equals. The condition above saves nothing but lets
+            # the compiler load keys ahead, which it does not around a loop.
+            while tl.max((best >= bound).to(tl.int32)) > 0:
+                found = tl.min(tl.where(scores == best[:, None], columns[None, :], problem.S), 1)
+                packed = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | found
+                new = best >= bound
+                tl.store(lists + count, packed, mask=new & (count < CAPACITY))
+                count += new.to(tl.int32)
+                scores = tl.where(columns[None, :] == found[:, None], float("-inf"), scores)
+                best = tl.max(scores, 1)
+    tl.store(counts + row + tl.arange(0, M), count, mask=inside)
 
 
 @triton.jit
@@ -308,7 +314,7 @@ def select_kernel(
         counts: ``(R,)`` of the search; rows whose list is not complete are left alone.
         dropout: Dropout.
         output: ``(R, D_V)``.
-        columns: Kept keys ``(R, SLOTS)`` in ascending order; not written where there are more.
+        columns: Kept keys ``(R, SLOTS)``; not written where there are more.
         weights: Their weights ``(R, SLOTS)``.
         limits: Limits.
         R: Number of rows.
@@ -342,20 +348,20 @@ def select_kernel(
     tl.store(columns + address, keys, mask=inside)
     tl.store(weights + address, weight / total[:, None], mask=inside)
     size = tl.where(listed, size, -1)
-    _store_limits(limits, rows, threshold, last, highest, total, size, complete)
+    _store_limits(limits, rows, threshold, highest, total, last, size, complete)
 
     # The lists are read again, a few keys at a time, because a row of values is wide.
     result = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     for start in range(0, tl.max(count), C):
         slots = start + tl.arange(0, C)
-        scores, keys = _load_candidates(candidates, rows, slots, count, CAPACITY)
-        kept = _keeps(scores, keys, threshold, last)
-        weight = tl.exp((scores - highest[:, None]) * unit) / total[:, None]
+        score, key = _load_candidates(candidates, rows, slots, count, CAPACITY)
+        keep = _keeps(score, key, threshold, last)
+        share = tl.exp((score - highest[:, None]) * unit) / total[:, None]
         if dropout.seed is not None:
-            weight *= _factor(dropout, rows[:, None], keys)
+            share *= _factor(dropout, rows[:, None], key)
         kv_head = (head // problem.repeats)[:, None]
-        v = _gather(problem.value, batch[:, None], kv_head, keys, kept, D_V, BLOCK_V)
-        result += tl.sum(tl.where(kept, weight, 0.0)[:, :, None] * v, 1)
+        v = _gather(problem.value, batch[:, None], kv_head, key, keep, D_V, BLOCK_V)
+        result += tl.sum(tl.where(keep, share, 0.0)[:, :, None] * v, 1)
     _store_rows(output, rows, result, complete, D_V)
 
 
@@ -467,7 +473,8 @@ def dense_kernel(
             result += _dot(weight.to(v.dtype), v)
         total = tl.maximum(total, 1e-30)
         _store_rows(output, row, result / total[:, None], wide, D_V)
-        _store_limits(limits, row, threshold, last, highest, total, tl.full([M], -1, tl.int32), wide)
+        size = tl.full([M], -1, tl.int32)
+        _store_limits(limits, row, threshold, highest, total, last, size, wide)
 
 
 @triton.jit
