@@ -58,3 +58,12 @@ def test_texts_that_are_too_short_are_refused() -> None:
         Blocks(np.arange(20), streams=4, block=5)
     with pytest.raises(ValueError, match="a text of 1 characters has none to predict"):
         next(reading_blocks(np.arange(1), 2, 16))
+
+
+def test_a_memory_that_is_not_full_comes_back_as_long_as_it_was() -> None:
+    memory, other = Memory((2, 4, 24, 16)), Memory((2, 4, 24, 16))
+    other.load_state_dict(memory.state_dict())
+    assert [cache.shape for cache in other.recall(0) or []] == [(4, 0, 16)] * 2
+    memory.keep(0, [torch.randn(4, 10, 16)] * 2)
+    other.load_state_dict(memory.state_dict())
+    assert [cache.shape for cache in other.recall(0) or []] == [(4, 10, 16)] * 2

@@ -128,7 +128,11 @@ class Memory(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what ``get_extra_state`` gave."""
-        self._caches = [list(part.unbind()) for part in state]
+        self._caches = []
+        for part in state:
+            filled = part.abs().amax(dim=(0, 1, 3)).nonzero()  # the zeros before were filled in
+            first = int(filled[0]) if len(filled) else part.shape[2]
+            self._caches.append(list(part[:, :, first:].unbind()))
 
 
 def as_characters(data: DataConfig) -> DataConfig:

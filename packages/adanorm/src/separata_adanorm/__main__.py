@@ -9,6 +9,8 @@ VERBS = {
     "average-checkpoints": "separata_shared.training.average:average_checkpoints",
     "generate": f"{PACKAGE}.generate:generate",
     "evaluate": f"{PACKAGE}.evaluate:evaluate",
+    "train-lm": f"{PACKAGE}.language_model:train_lm",
+    "evaluate-lm": f"{PACKAGE}.language_model:evaluate_lm",
     "train-images": f"{PACKAGE}.classify:train_images",
     "evaluate-images": f"{PACKAGE}.classify:evaluate_images",
     "train-sentences": f"{PACKAGE}.classify:train_sentences",
