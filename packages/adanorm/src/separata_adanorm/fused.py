@@ -5,18 +5,19 @@ is a module with ``forward`` and ``backward``: ``closed_form`` in PyTorch, ``nat
 ``triton``. ``torch.compile`` sees two opaque operators.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import closed_form, native, reference
 
 
-@torch.library.custom_op("separata::ada_norm", mutates_args=())
-def norm(
+def forward(
     x: Tensor,
     residual: Tensor | None,
     width: int,
@@ -53,6 +54,29 @@ def norm(
     return results
 
 
+norm = torch.library.custom_op("separata::ada_norm", forward, mutates_args=())
+
+
+def apply(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Output and sum of ``norm``, by the shortest way; the gradient is the same.
+
+    The operator is for graphs. In plain eager code its dispatch costs as much as the norm of a few
+    hundred rows.
+    """
+    run: Callable[..., Any] = forward
+    if torch.compiler.is_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode():
+        run = norm
+    elif torch.is_grad_enabled():
+        run = _Direct.apply
+    output, total, _, _ = run(x, *arguments)
+    return output, total
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, which takes no operator like ours."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 @norm.register_fake
 def _(
     x: Tensor, residual: Tensor | None, width: int, *_: Any
@@ -64,8 +88,7 @@ def _(
     return output, total, mean, sigma
 
 
-@torch.library.custom_op("separata::ada_norm_backward", mutates_args=())
-def norm_backward(
+def backward(
     grad: Tensor,
     grad_total: Tensor | None,
     x: Tensor,
@@ -95,6 +118,9 @@ def norm_backward(
         detach_std=detach_std,
     )
     return gradient
+
+
+norm_backward = torch.library.custom_op("separata::ada_norm_backward", backward, mutates_args=())
 
 
 @norm_backward.register_fake
@@ -143,6 +169,28 @@ def _differentiate(
 
 
 norm.register_autograd(_differentiate, setup_context=_keep)
+
+
+class _Direct(torch.autograd.Function):
+    """``norm`` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """As the operator; torch is slower where the context is set up in a second function."""
+        results = forward(*arguments)
+        _keep(ctx, arguments, results)
+        return results
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """As ``_differentiate``, which is differentiable itself."""
+        if grad is None or torch.is_grad_enabled():
+            return _differentiate(ctx, grad, grad_total)
+        grad_total = grad_total if ctx.residual else None
+        grad_x = backward(grad, grad_total, *ctx.saved_tensors, *ctx.options)
+        return (grad_x, grad_x if ctx.residual else None, *[None] * 8)
 
 
 def _keep_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -33,7 +33,8 @@ Convention = Literal["official", "torch"]
 """``official``: authors' code, ``torch``: paper and ``nn.LayerNorm``; see Eq. 2."""
 
 Impl = Literal["auto", "reference", "eager", "native", "triton"]
-"""``auto`` is ``native`` on a CPU and ``triton`` on a GPU where they can run, else ``eager``."""
+"""``auto`` is ``native`` on a CPU and ``triton`` on a GPU where they can run, else ``eager``; within
+``torch.func`` it is ``reference``, the only one that can be transformed."""
 
 
 def ada_norm(
@@ -224,7 +225,7 @@ def _norm(
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, not {impl!r}")
     official = convention == "official"
-    if impl == "reference":
+    if impl == "reference" or (impl == "auto" and fused.is_transformed()):
         total = x if residual is None else x + residual
         output = spelled_out.norm(
             total,
@@ -238,8 +239,7 @@ def _norm(
         )
         return output, total
     options = (width, float(C), float(k), float(eps), official, *detach, impl)
-    output, total, _, _ = fused.norm(x, residual, *options)
-    return output, total
+    return fused.apply(x, residual, *options)
 
 
 class LayerNormSimple(nn.Module):
@@ -420,11 +420,14 @@ class NoNorm(nn.Module):
     """The input itself, in the place of a norm.
 
     Args:
-        normalized_shape: Taken and ignored, as the other norms need it.
+        normalized_shape: Kept for who replaces it; the input may have any shape.
     """
 
     def __init__(self, normalized_shape: Shape | None = None) -> None:
         super().__init__()
+        self.normalized_shape = (
+            None if normalized_shape is None else check_shape(normalized_shape, "torch")
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``."""
