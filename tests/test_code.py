@@ -13,7 +13,7 @@ FILE_LINES = 500
 KERNEL_LINES = 700
 FUNCTION_LINES = 60
 ARGUMENTS = 10
-SHARED_LINES = 5600  # not blank, without kernels
+SHARED_LINES = 5800  # not blank, without kernels
 SMALLEST_DUPLICATE = 40  # nodes of a syntax tree; below that, equal code is a coincidence
 
 

@@ -120,6 +120,18 @@ def find_file(directory: Path, name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def need_file(directory: Path, name: str) -> Path:
+    """The file of that name in a directory, plain or compressed.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    path = find_file(directory, name)
+    if path is None:
+        raise ValueError(f"{directory / name}: no such file (nor {name}.gz or {name}.xz)")
+    return path
+
+
 def sha256(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:

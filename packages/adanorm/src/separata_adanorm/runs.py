@@ -5,23 +5,12 @@ from typing import Any
 
 import torch
 from separata_shared.cli import from_yaml
-from separata_shared.files import find_file, write_json
+from separata_shared.files import need_file as need_file
+from separata_shared.files import write_json
 from separata_shared.metrics import Score
 from separata_shared.training import Run
 from separata_shared.training.weights import load_weights
 from torch import nn
-
-
-def need_file(directory: Path, name: str) -> Path:
-    """A file of a data set, plain or compressed.
-
-    Raises:
-        ValueError: It is not there.
-    """
-    path = find_file(directory, name)
-    if path is None:
-        raise ValueError(f"{directory / name}: no such file (nor {name}.gz or {name}.xz)")
-    return path
 
 
 def run_config(run: Path, group: str, kind: type) -> Any:

