@@ -33,7 +33,7 @@ Convention = Literal["official", "torch"]
 """``official``: authors' code, ``torch``: paper and ``nn.LayerNorm``; see Eq. 2."""
 
 Impl = Literal["auto", "reference", "eager", "native", "triton"]
-"""``auto`` is ``native`` on a CPU and ``triton`` on a GPU where they can run, else ``eager``; within
+"""``auto`` is ``native`` on a CPU, ``triton`` on a GPU, ``eager`` where these cannot run; within
 ``torch.func`` it is ``reference``, the only one that can be transformed."""
 
 
