@@ -275,6 +275,12 @@ class TestOtherStyles:
         assert not any(module.training for module in model.modules())
         assert model(x.bfloat16()).dtype == torch.bfloat16
 
+    def test_norms_of_this_package_can_be_replaced_again(self) -> None:
+        model = VisionTransformer()
+        for kind in ("no_norm", "ada_norm", "layer_norm", "clipped", "detach_norm"):
+            report = replace_norms(model, kind)
+            assert [replacement.width for replacement in report.replaced] == [(WIDTH,)] * 6
+
     def test_shapes_of_two_dimensions(self) -> None:
         model = nn.Sequential(nn.LayerNorm((3, 4)), nn.Flatten())
         report = replace_norms(model, "layer_norm_simple", convention="torch")

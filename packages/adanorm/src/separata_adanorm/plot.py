@@ -109,12 +109,14 @@ def draw_phi(
         axis.set_xlim(low, high)
         axis.set_xlabel("normalised feature y")
         axis.set_ylabel("output z")
-        axis.legend(loc="upper left", fontsize=8)
+        axis.legend(loc="lower center", fontsize=8)
         if y is not None:
             counts = axis.twinx()
             counts.hist(y.ravel(), bins=100, range=(low, high), color="tab:green", alpha=0.35)
             counts.set_yscale("log")
-            counts.set_ylabel("features, log scale")
+            counts.set_ylabel("features of the batch, log scale")
+            axis.set_zorder(counts.get_zorder() + 1)  # the curves before the bars
+            axis.patch.set_visible(False)
 
 
 @contextmanager
