@@ -1,22 +1,34 @@
-"""Which implementation ``"auto"`` means: one pure function for each operation.
+"""Which implementation ``"auto"`` means: one pure function for each operation."""
 
-The limits were read off ``shared/benchmarks/attention.py`` on one core of a CPU; those of GPUs are
-estimates.
-"""
+from collections.abc import Mapping
 
 import torch
 
-# Keys up to which whole matrices of scores are faster than fused kernels, forward and backward.
+# Keys up to which whole matrices of scores are faster than fused kernels, forward and backward;
+# read off ``shared/benchmarks/attention.py`` on one core of a CPU.
 DENSE_EAGER_KEYS = {
     ("cpu", torch.float32): 32,
     ("cpu", torch.bfloat16): 1024,
     ("cpu", torch.float16): 1024,
 }
-# Keys from which top-k attention in blocks beats whole matrices.
-TOPK_BLOCKED_KEYS = {"cpu": 256}
-TOPK_BLOCKED_KEYS_ELSEWHERE = 1024
-# Keys for each kept one below which blocks win nothing.
-TOPK_BLOCKED_RATIO = 4
+# Implementations of top-k attention from the fastest to the one that serves every call.
+TOPK = ("native", "triton", "blocked", "eager")
+# Up to which k an implementation is faster than the ones after it, from a number of keys on.
+# Written by ``python shared/benchmarks/choose.py``; GPUs are estimated.
+TOPK_LIMITS: dict[tuple[str, str, str], dict[str, dict[int, int]]] = {
+    ("cpu", "training", "float32"): {
+        "native": {32: 512},
+        "blocked": {512: 8, 1024: 32, 2048: 64, 4096: 256},
+    },
+    ("cpu", "training", "bfloat16"): {
+        "native": {32: 512},
+        "blocked": {512: 8, 1024: 32, 2048: 64, 4096: 256},
+    },
+}
+TOPK_LIMITS_ELSEWHERE = {
+    "triton": {512: 128, 2048: 512},
+    "blocked": {1024: 256, 2048: 512, 4096: 1024},
+}
 
 
 def dense(*, device: str, dtype: torch.dtype, source: int, return_weights: bool) -> str:
@@ -33,15 +45,31 @@ def dense(*, device: str, dtype: torch.dtype, source: int, return_weights: bool)
     return "eager" if source <= DENSE_EAGER_KEYS.get((device, dtype), 0) else "sdpa"
 
 
-def topk(*, device: str, source: int, most_keys: int | None, reason: str | None) -> str:
+def topk(
+    *,
+    device: str,
+    dtype: torch.dtype,
+    target: int,
+    source: int,
+    most_keys: int | None,
+    unsupported: Mapping[str, str | None],
+) -> str:
     """Name the implementation of top-k attention.
 
     Args:
         device: Type of the device.
+        dtype: Precision of the values.
+        target: Number of queries.
         source: Number of keys.
         most_keys: Largest k of a row, None if unknown.
-        reason: Why the blocked implementation cannot serve the call, if it cannot.
+        unsupported: For each implementation why it cannot serve the call, None where it can.
     """
-    long = source >= TOPK_BLOCKED_KEYS.get(device, TOPK_BLOCKED_KEYS_ELSEWHERE)
-    sparse = most_keys is None or TOPK_BLOCKED_RATIO * most_keys <= source
-    return "blocked" if reason is None and long and sparse else "eager"
+    precision = "float32" if dtype.itemsize >= 4 else "bfloat16"
+    phase = "decoding" if target == 1 else "training"
+    table = TOPK_LIMITS.get((device, phase, precision), TOPK_LIMITS_ELSEWHERE)
+    for name in TOPK:
+        limits = table.get(name, {})
+        limit = limits.get(max((size for size in limits if size <= source), default=0), 0)
+        if unsupported.get(name, "unknown") is None and (most_keys or 1) <= limit:
+            return name
+    return "eager"
