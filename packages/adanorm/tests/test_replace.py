@@ -308,40 +308,6 @@ class TestOtherStyles:
         assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-class TestFastPath:
-    """torch's encoder has a fused path in evaluation that reads ``norm1.weight``."""
-
-    @pytest.mark.parametrize("kind", ["ada_norm", "no_norm", "clipped"])
-    @pytest.mark.parametrize("norm_first", [True, False])
-    def test_evaluation_equals_training(self, kind: str, norm_first: bool, x: Tensor) -> None:
-        model = torch_encoder(norm_first=norm_first)
-        replace_norms(model, kind)
-        expected = model(x)
-        model.eval()
-        with torch.no_grad():
-            assert torch.allclose(model(x), expected, atol=1e-6)
-            padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-            padded = model(x, src_key_padding_mask=padding)
-        assert torch.allclose(padded[1, :3], model(x[1:, :3])[0], atol=1e-6)
-
-    def test_one_layer_replaced_is_enough_to_leave_it(self, x: Tensor) -> None:
-        model = torch_encoder(norm_first=False)
-        replace_norms(model, "ada_norm", include="layers.1.*")
-        expected = model(x)
-        model.eval()
-        padding = torch.tensor([[False] * 5, [False] * 4 + [True]])
-        with torch.no_grad():
-            padded = model(x, src_key_padding_mask=padding)
-        assert torch.allclose(padded[0], expected[0], atol=1e-5)
-
-    def test_the_converted_layer_can_be_stacked_anew(self, x: Tensor) -> None:
-        layer = torch_encoder().layers[0]
-        replace_norms(layer, "ada_norm")
-        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-        with torch.no_grad():
-            assert model(x).isfinite().all()
-
-
 class TestGains:
     def test_folding_into_pre_norm_layers_of_torch_keeps_the_function(self, x: Tensor) -> None:
         model = trained(torch_transformer())
