@@ -12,13 +12,15 @@ from separata_shared.cli import from_yaml
 from separata_shared.data import to_device
 from separata_shared.data.vocabulary import Vocabulary
 from separata_shared.files import read_text
+from separata_shared.language_model import Memory, next_symbol_loss, training_blocks
 from separata_shared.training import Loss, Run
-from separata_shared.translation import load_for, translation_step
+from separata_shared.translation import load_characters, load_for, translation_step
 from torch import Tensor, nn
 
 from . import classify, images, parser, parsing, sentences
 from .config import DataConfig, ModelConfig
 from .generate import load_run
+from .language_model import LanguageModelConfig, build_language_model
 from .model import build_model
 from .runs import load_best, run_config
 
@@ -125,6 +127,16 @@ def _translation(run: Path, weights: Path | None) -> Probe:
     return _probe(trained.network, translation_step(smoothing), batch)
 
 
+def _language_model(run: Path, weights: Path | None) -> Probe:
+    config = run_config(run, "language_model", LanguageModelConfig)
+    text = load_characters(run_config(run, "data", DataConfig))
+    model = build_language_model(config)
+    load_best(model, run, weights)
+    memory = Memory((config.num_layers, config.streams, config.memory, config.width))
+    first = training_blocks(text.train, streams=config.streams, block=config.block, seed=1)(0)[0]
+    return _probe(model, lambda _, block: next_symbol_loss(model, model, memory, block), first)
+
+
 def _images(run: Path, weights: Path | None) -> Probe:
     config = run_config(run, "images", images.ImageConfig)
     model = images.build_image_classifier(config)
@@ -157,5 +169,6 @@ _READERS: dict[str, Callable[[Path, Path | None], Probe]] = {
     "images": _images,
     "sentences": _sentences,
     "parser": _parser,
+    "language_model": _language_model,
     "model": _translation,
 }
