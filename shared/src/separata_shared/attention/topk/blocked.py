@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from separata_shared.attention._entries import bias_gradient
 from separata_shared.attention._inputs import compute_dtype
 from separata_shared.attention.topk.kth_largest import kth_largest
 
@@ -320,36 +321,19 @@ def _backward(
     mean = torch.segment_reduce(weights * grad_weights, "sum", offsets=offsets.long(), initial=0)
     grad_scores = weights * (grad_weights - mean.index_select(0, rows))
 
-    by_key, order = columns.sort(stable=True)
-    key_offsets = torch.searchsorted(
-        by_key, torch.arange(len(k) + 1, device=k.device, dtype=torch.int32), out_int32=True
-    )
-    key_rows = rows[order]
+    order = columns.argsort(stable=True)
+    key_offsets = F.pad(torch.bincount(columns, minlength=len(k)).cumsum(0), (1, 0)).int()
+    key_rows, key_used, key_scores = (x.index_select(0, order) for x in (rows, used, grad_scores))
     grad_bias = query.new_empty(0)
     if bias is not None:
-        grad_bias = _bias_gradient(grad_scores, bias, query, key, rows, columns)
+        shape = (*query.shape[:3], key.shape[2])
+        grad_bias = bias_gradient(grad_scores, bias, shape, rows, columns % shape[3])
     return (
         (_sums(k, columns, offsets, grad_scores) * scale).view_as(query).to(query.dtype),
-        (_sums(q, key_rows, key_offsets, grad_scores[order]) * scale).view_as(key).to(key.dtype),
-        _sums(g, key_rows, key_offsets, used[order]).view_as(value).to(value.dtype),
+        (_sums(q, key_rows, key_offsets, key_scores) * scale).view_as(key).to(key.dtype),
+        _sums(g, key_rows, key_offsets, key_used).view_as(value).to(value.dtype),
         grad_bias,
     )
-
-
-def _bias_gradient(
-    grad_scores: Tensor, bias: Tensor, query: Tensor, key: Tensor, rows: Tensor, columns: Tensor
-) -> Tensor:
-    """Add the gradients of the entries into the shape of the bias."""
-    batch, num_heads, target, _ = query.shape
-    source = key.shape[2]
-    places = torch.arange(bias.numel(), device=bias.device).view(bias.shape)
-    places = places.expand(batch, num_heads, target, source)
-    r = rows.long()
-    index = places[
-        r // (num_heads * target), r // target % num_heads, r % target, columns.long() % source
-    ]
-    total = grad_scores.new_zeros(bias.numel()).index_add_(0, index, grad_scores)
-    return total.view(bias.shape).to(bias.dtype)
 
 
 @_backward.register_fake
