@@ -45,7 +45,9 @@ def load(source: Path) -> ctypes.CDLL:
             build(source)
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise UnavailableError(f"{library} cannot be used: {error}") from None
+        raise UnavailableError(
+            f"{library} cannot be loaded ({error}); delete it to compile it again"
+        ) from None
 
 
 def library_path(source: Path) -> Path:
@@ -55,7 +57,8 @@ def library_path(source: Path) -> Path:
     parts = (source.read_bytes(), *headers, *FLAGS, torch.__version__, platform.machine())
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     name = f"separata_{source.parent.name}_{digest}.so"
-    return Path(extension.get_default_build_root()) / "separata" / name
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or extension.get_default_build_root()
+    return Path(root) / "separata" / name
 
 
 def build(source: Path) -> Path:

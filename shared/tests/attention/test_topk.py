@@ -14,7 +14,7 @@ from separata_shared.testing.strategies import AttentionInputs, attention_inputs
 from torch import Tensor
 from torch.nn import functional as F
 
-IMPLEMENTATIONS = ["reference", "eager", "blocked"]
+IMPLEMENTATIONS = ["reference", "eager", "blocked", "native"]
 # Selection jumps where scores are equal, so implementations are compared where they are not.
 GAP = 1e-4
 every_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -31,7 +31,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@pytest.mark.parametrize("impl", ["eager", "blocked"])
+@pytest.mark.parametrize("impl", ["eager", "blocked", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ties", ["keep", "exact"])
 @few
@@ -48,7 +48,7 @@ def test_output_and_gradients_are_as_good_as_the_reference(
     assert_as_good_as(partial(call, impl=impl), partial(call, impl="reference"), inputs)
 
 
-@pytest.mark.parametrize("impl", ["eager", "blocked"])
+@pytest.mark.parametrize("impl", ["eager", "blocked", "native"])
 @pytest.mark.parametrize(
     "shape",
     # H, H_kv, T, S, D, D_v: head sizes 5 to 128, one query, several groups of keys, no whole group
@@ -74,7 +74,7 @@ def test_larger_shapes(
     assert_as_good_as(partial(call, impl=impl), partial(call, impl="reference"), inputs)
 
 
-@every_implementation
+@pytest.mark.parametrize("impl", ["reference", "eager", "blocked"])  # those of float64
 @settings(max_examples=4, deadline=None)
 @given(inputs=attention_inputs(max_length=5, dtypes=[torch.float64], gap=GAP))
 def test_gradients_are_derivatives(impl: str, inputs: AttentionInputs) -> None:
@@ -305,7 +305,7 @@ def test_ties_keep_all_equals_or_the_lowest_index(
     torch.testing.assert_close(output.flatten(), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("impl", ["eager", "blocked"])
+@pytest.mark.parametrize("impl", ["eager", "blocked", "native"])
 @pytest.mark.parametrize("ties", ["keep", "exact"])
 @pytest.mark.parametrize("source", [12, 300])
 def test_many_ties_are_the_references(
@@ -367,7 +367,7 @@ def test_dropout_drops_the_same_weights_forward_and_backward(impl: str) -> None:
     torch.testing.assert_close(gradient, dropped.detach().mT @ upstream, rtol=1e-5, atol=1e-5)
 
 
-@every_implementation
+@pytest.mark.parametrize("impl", ["reference", "eager", "blocked"])  # those of float64
 def test_dropout_gradient_of_scores(impl: str) -> None:
     query, key, value = (normal(1, 2, 6, 4, seed=seed, dtype=torch.float64) for seed in range(3))
 
@@ -410,7 +410,7 @@ def test_autocast_changes_nothing_and_output_has_the_values_dtype(impl: str) -> 
             torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("impl", ["eager", "blocked"])
+@pytest.mark.parametrize("impl", ["eager", "blocked", "native"])
 def test_second_derivatives_are_refused(impl: str) -> None:
     query, key, value = (normal(1, 1, 6, 4, seed=seed).requires_grad_() for seed in range(3))
     output = topk_attention(query, key, value, top_k=2, impl=impl)
@@ -421,7 +421,7 @@ def test_second_derivatives_are_refused(impl: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", ["eager", "blocked"])
+@pytest.mark.parametrize("impl", ["eager", "blocked", "native"])
 def test_compiled_equals_eager(results_of: Callable[..., list[Tensor]], impl: str) -> None:
     query, key, value = (normal(1, 2, 40, 8, seed=seed) for seed in range(3))
     inputs = AttentionInputs(query, key, value, 3, None, None, True)

@@ -12,10 +12,11 @@ from separata_shared.attention._inputs import (
     allowed_keys,
     check_broadcast,
     check_inputs,
+    compute_dtype,
     four_dimensional,
 )
 from separata_shared.attention.dense import dense_attention
-from separata_shared.attention.topk import blocked, eager, reference
+from separata_shared.attention.topk import blocked, eager, native, reference, triton
 
 
 def topk_attention(
@@ -31,7 +32,7 @@ def topk_attention(
     causal: bool = False,
     ties: Literal["keep", "exact"] = "keep",
     dropout: float = 0.0,
-    impl: Literal["auto", "reference", "eager", "blocked"] = "auto",
+    impl: Literal["auto", "reference", "eager", "blocked", "native", "triton"] = "auto",
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the k highest-scoring allowed keys of each query.
@@ -92,31 +93,59 @@ def topk_attention(
             dropout=dropout,
             return_weights=return_weights,
         )
-    reason = blocked.supports(
-        rows=query[..., 0].numel(),
-        keys=key[..., 0].numel(),
-        most_keys=source if most_keys is None else min(most_keys, source),
-        return_weights=return_weights,
-    )
+    most_keys = None if most_keys is None else min(most_keys, source)
+    reasons = unsupported(query, key, value, most_keys=most_keys, return_weights=return_weights)
     name: str = impl
     if impl == "auto":
         name = _select.topk(
-            device=query.device.type, source=source, most_keys=most_keys, reason=reason
+            device=query.device.type,
+            dtype=value.dtype,
+            target=query.shape[2],
+            source=source,
+            most_keys=most_keys,
+            unsupported=reasons,
         )
+    if name not in reasons:
+        raise ValueError(f"impl must be 'auto' or one of {', '.join(reasons)}, not {impl!r}")
+    if reason := reasons[name]:
+        raise ValueError(f"impl {name!r} cannot serve this call: {reason}")
     options: dict[str, Any] = {"mask": mask, "bias": bias, "causal": causal}
     options |= {"ties": ties, "dropout": dropout}
     with torch.autocast(query.device.type, enabled=False):
-        if name == "blocked":
-            if reason:
-                raise ValueError(f"impl 'blocked' cannot serve this call: {reason}")
-            return blocked.attend(query, key, value, k, **options)
-        implementation = {"reference": reference, "eager": eager}.get(name)
-        if implementation is None:
-            raise ValueError(
-                f"impl must be 'auto', 'reference', 'eager' or 'blocked', not {impl!r}"
-            )
-        output, weights = implementation.attend(query, key, value, k, **options)
-    return (output, weights) if return_weights else output
+        if name in ("reference", "eager"):
+            implementation = reference if name == "reference" else eager
+            output, weights = implementation.attend(query, key, value, k, **options)
+            return (output, weights) if return_weights else output
+        fused = {"native": native, "blocked": blocked, "triton": triton}[name]
+        result: Tensor = fused.attend(query, key, value, k, **options)
+        return result
+
+
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor, *, most_keys: int | None, return_weights: bool
+) -> dict[str, str | None]:
+    """For each implementation the reason why it cannot serve the call, None where it can.
+
+    Args:
+        query: ``(B, H, T, D)``.
+        key: ``(B, H_kv, S, D)``.
+        value: ``(B, H_kv, S, D_v)``.
+        most_keys: Largest k of a row, at most ``S``; None if unknown.
+        return_weights: Whether the weights are asked for.
+    """
+    most = key.shape[2] if most_keys is None else most_keys
+    sizes: dict[str, Any] = {"rows": query[..., 0].numel(), "most_keys": most}
+    sizes["return_weights"] = return_weights
+    dtype = compute_dtype(query, key, value)
+    return {
+        "native": native.supports(device=query.device.type, dtype=dtype, **sizes),
+        "triton": triton.supports(
+            query, key, value, most_keys=most_keys, return_weights=return_weights
+        ),
+        "blocked": blocked.supports(keys=key[..., 0].numel(), **sizes),
+        "eager": None,
+        "reference": None,
+    }
 
 
 def rows_top_k(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from separata_shared import native
 from separata_shared.attention._entries import bias_gradient
@@ -77,9 +76,14 @@ def library() -> ctypes.CDLL:
     return kernels
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
-    """Whether the kernels can be used; warns once, the first time, where they cannot."""
+    """Whether the kernels can be used; warns once where they cannot."""
+    return _available()
+
+
+@functools.cache
+def _available() -> bool:
     try:
         library()
     except native.UnavailableError as error:
@@ -100,7 +104,7 @@ def supports(
         return "it computes in float32"
     if rows * most_keys >= 2**31:
         return "its indices have 32 bits, too few for this many entries"
-    return None
+    return None if available() else "it could not be compiled"
 
 
 def attend(
@@ -129,11 +133,11 @@ def attend(
     elif torch.is_grad_enabled():
         output = _Direct.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        output = forward(*arguments)[0]
+        output = run_forward(*arguments)[0]
     return output
 
 
-def forward(
+def run_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -174,7 +178,7 @@ def forward(
     return output.to(value.dtype), columns, weights, offsets, seed
 
 
-def backward(
+def run_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -214,28 +218,30 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        """Arguments of ``forward``; its output alone."""
-        outputs = forward(*arguments)
+        """Arguments of ``run_forward``; its output alone."""
+        outputs = run_forward(*arguments)
         _keep(ctx, arguments, outputs)
         return outputs[0]
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the arguments."""
-        return _gradients(ctx, backward(grad, *ctx.saved_tensors, ctx.causal, ctx.dropout))
+        kept: tuple[Any, ...] = (*ctx.saved_tensors, ctx.causal, ctx.dropout)
+        # The operator's gradients refuse to be differentiated, instead of passing for constants.
+        run = _backward if torch.is_grad_enabled() else run_backward
+        return _gradients(ctx, run(grad, *kept))
 
 
 # The kernels for compiled code.
 _forward = torch.library.custom_op(
     "separata::topk_attention_native",
-    forward,
+    run_forward,
     mutates_args=(),
     device_types="cpu",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 _backward = torch.library.custom_op(
-    "separata::topk_attention_native_backward", backward, mutates_args=(), device_types="cpu"
+    "separata::topk_attention_native_backward", run_backward, mutates_args=(), device_types="cpu"
 )
 
 

@@ -316,19 +316,33 @@ INLINE int64_t append(uint32_t mask, Ints lanes, Vec values, int64_t n, int32_t*
 #endif
 }
 
-// Columns and scores of the values that are at least t, in order. A maximum stands for one lane of
-// a number of lines, vectors of values. First lists the maxima that reach t, without branches.
-INLINE int64_t collect(const float* maxima, int64_t vectors, int64_t lines, const float* values,
-                       float t, int32_t* hits, int32_t* columns, float* scores) {
-  int64_t n = 0, found = 0;
-  for (int64_t i = 0; i < vectors; ++i) {
-    hits[found] = static_cast<int32_t>(i * lines * LANES);
-    found += at_least(load(maxima + i * LANES), all(t)) != 0;
+// Appends the columns and scores of the values from begin to end - 1 that are at least t.
+INLINE int64_t collect_lines(const float* values, int64_t begin, int64_t end, float t, int64_t n,
+                             int32_t* columns, float* scores) {
+  for (int64_t first = begin; first < end; first += LANES) {
+    const Vec x = load(values + first);
+    n = append(at_least(x, all(t)), lanes_from(first), x, n, columns, scores);
   }
-  for (int64_t i = 0; i < found; ++i) {
-    for (int64_t first = hits[i]; first < hits[i] + lines * LANES; first += LANES) {
-      const Vec x = load(values + first);
-      n = append(at_least(x, all(t)), lanes_from(first), x, n, columns, scores);
+  return n;
+}
+
+// Columns and scores of the values that are at least t, in order. A maximum stands for one lane of
+// a number of lines, vectors of values. Maxima that reach t are found without branches, 64 vectors
+// at a time; among a few vectors most do.
+INLINE int64_t collect(const float* maxima, int64_t vectors, int64_t lines, const float* values,
+                       float t, int32_t* columns, float* scores) {
+  const int64_t size = lines * LANES;
+  if (vectors <= 4) return collect_lines(values, 0, vectors * size, t, 0, columns, scores);
+  int64_t n = 0;
+  for (int64_t start = 0; start < vectors; start += 64) {
+    uint64_t hits = 0;
+    for (int64_t i = start; i < std::min(start + 64, vectors); ++i) {
+      const uint64_t hit = at_least(load(maxima + i * LANES), all(t)) != 0;
+      hits |= hit << (i - start);
+    }
+    for (; hits; hits &= hits - 1) {
+      const int64_t begin = (start + __builtin_ctzll(hits)) * size;
+      n = collect_lines(values, begin, begin + size, t, n, columns, scores);
     }
   }
   return n;
@@ -517,7 +531,7 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
   Buffer<float> scores(block * stride), maxima(block * panels * LANES), folded(wanted * LANES);
   const int64_t room = panels * PANEL + 2 * LANES;
   Buffer<float> weights(room), order(room);
-  Buffer<int32_t> columns(room), hits(up(keys, LANES) / LANES + 1);
+  Buffer<int32_t> columns(room);
   const float scale = score_scale(p);
   const T* key = at(static_cast<const T*>(p.key), p.key_stride, task.batch, task.kv_head, 0);
   const T* value = at(static_cast<const T*>(p.value), p.value_stride, task.batch, task.kv_head, 0);
@@ -580,7 +594,7 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
       if (direct) {
         const int64_t vectors = up(limit, LANES) / LANES;
         const float t = bound(values, vectors, k, 0);
-        found = collect(values, vectors, 1, values, t, hits.get(), columns.get(), weights.get());
+        found = collect(values, vectors, 1, values, t, columns.get(), weights.get());
       } else {
         const float* most = maxima.get() + (row - first) * panels * LANES;
         const int64_t vectors = up(limit, PANEL) / PANEL;
@@ -588,7 +602,7 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
         const float* bounds = vectors > wanted ? folded.get() : most;
         const float t = bound(bounds, std::min(vectors, wanted), k, k / 8);
         const int64_t lines = vectors > 1 ? VECTORS : up(limit, LANES) / LANES;
-        found = collect(most, vectors, lines, values, t, hits.get(), columns.get(), weights.get());
+        found = collect(most, vectors, lines, values, t, columns.get(), weights.get());
       }
       for (int64_t i = 0; i < std::min<int64_t>(found, 2 * LANES); ++i) {
         prefetch(value + columns.get()[i] * p.value_stride[2], p.value_width);
