@@ -246,7 +246,7 @@ def number(folder: Path, place: str) -> str:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time the operations, after their parity; ``-- attention --threads 2`` for one, with options."""
+    """Time the operations, after their parity; ``-- attention --threads 2`` for one."""
     install(session, *everything(), *BENCH)
     name, *options = session.posargs or ["[a-z]*"]  # an underscore begins the names of helpers
     scripts = sorted(

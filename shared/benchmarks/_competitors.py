@@ -18,7 +18,7 @@ from torch.nn import functional as F
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Bytes of scores and what is made of them that a competitor may hold at a time.
-MOST_BYTES = 10 * 2**30
+MOST_BYTES = 6 * 2**30
 # Scores that a dense matrix product is given at a time; more are taken sentence by sentence.
 MOST_SCORES = 2**29
 
@@ -118,8 +118,8 @@ def entmax(name: str) -> Callable[[Case], Attention]:
 
 ALL = {
     "sdpa": Competitor(attend=sdpa, expected="dense"),
-    "dense": Competitor(attend=dense, expected="dense", matrices=(0, 4)),
-    "reference": Competitor(attend=top_k("reference"), matrices=(6, 9), most_scores=2**27),
+    "dense": Competitor(attend=dense, expected="dense", matrices=(0, 3)),
+    "reference": Competitor(attend=top_k("reference"), matrices=(6, 9), most_scores=2**25),
     "eager": Competitor(attend=top_k("eager"), matrices=(3, 4)),
     "blocked": Competitor(attend=top_k("blocked")),
     "native": Competitor(attend=top_k("native")),

@@ -29,7 +29,7 @@ from separata_shared.testing import timing
 Row = dict[str, Any]
 Times = dict[str, list[float]]
 # Bytes taken at the start, and bytes beyond which allocations fail rather than fill the machine.
-READY, MEMORY = 4 * 2**30, 12 * 2**30
+READY, MEMORY = 3 * 2**30, 11 * 2**30
 # What a competitor that is not timed leaves empty.
 BLANK: Row = dict.fromkeys(
     ("median_ms", "p20_ms", "p80_ms", "to_sdpa", "to_best_dense", "best_dense", "saved_mib")
