@@ -75,6 +75,7 @@ def test_models_that_are_not_converted_yet_are_watched() -> None:
     assert len(str(monitor).splitlines()) == 4
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nothing_is_left_behind_and_nothing_changes() -> None:
     model = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.0), 1

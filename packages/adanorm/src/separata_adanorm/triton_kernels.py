@@ -92,7 +92,8 @@ def backward_kernel(
     h = tl.load(grad + place, mask=inside, other=0).to(tl.float32) * (C - C * k * y)
     dx = h
     if not DETACH_MEAN:
-        dx -= tl.sum(h, axis=0) / width
+        # Nothing is left of a single entry; a fused multiply-add would leave its rounding.
+        dx = tl.where(width > 1, dx - tl.sum(h, axis=0) / width, 0)
     if not DETACH_STD:
         products = tl.sum(h * y, axis=0)
         if OFFICIAL:
