@@ -453,6 +453,13 @@ class TestCheckpoints:
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, other.state_dict()[name])
 
+    def test_norms_with_gains_anew_load_them(self) -> None:
+        model = self.converted()
+        replace_norms(model, "layer_norm")
+        state = trained(VisionTransformer()).state_dict()
+        model.load_state_dict(state)
+        assert torch.equal(model.norm.weight, state["norm.weight"])  # type: ignore[union-attr]
+
     def test_the_helper_folds(self, x: Tensor) -> None:
         old = trained(VisionTransformer())
         model = self.converted()

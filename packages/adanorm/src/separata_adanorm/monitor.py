@@ -84,7 +84,8 @@ def monitor_outliers(model: nn.Module, *, k: float = 0.1) -> Iterator[OutlierMon
     """Count outliers in what every layer norm of a model is given inside the block.
 
     Outside the block the model has no hooks and costs nothing. Inside, each norm is computed once
-    more, and nothing waits for the device.
+    more, and nothing waits for the device. What was compiled before the block does not see hooks;
+    run the model itself.
 
     Args:
         model: Model with norms of this package or LayerNorms, on any device.

@@ -337,7 +337,10 @@ def _refuse_gains(
     prefix: str,
     *others: object,
 ) -> None:
-    paths = [f"{prefix}{name}.".removeprefix(".").replace("..", ".") for name in names]
+    modules = dict(module.named_modules())
+    # A norm may have been replaced once more, by one with a gain.
+    bare = [name for name in names if name in modules and not list(modules[name].parameters())]
+    paths = [prefix + f"{name}." if name else prefix for name in bare]
     keys = [path + key for path in paths for key in ("weight", "bias") if path + key in state]
     if keys:
         raise ValueError(
