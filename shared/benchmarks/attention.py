@@ -132,7 +132,8 @@ def numbers(name: str, times: Times) -> Row:
 
 def show(case: Case, rows: list[Row]) -> None:
     """Print the table of a case."""
-    print(f"\n{case}, at least {rows[0]['floor_ms']} ms")
+    floor = rows[0]["floor_ms"]
+    print(f"\n{case}" + (f", at least {floor} ms" if floor else ""))
     for row in rows:
         print(f"  {row['implementation']:<16}", end="")
         if row["note"]:
@@ -149,22 +150,25 @@ def show(case: Case, rows: list[Row]) -> None:
 def compare_with_goals(rows: list[Row], device: str) -> list[Row]:
     """Print and return one line for each goal."""
     lines: list[Row] = []
-    print(f"\n{'case':<44}{'':<14}{'to SDPA':>9}{'goal':>7}{'to best dense':>15}{'goal':>7}")
+    layout = "{:<44}{:<14}{:>9}{:>7}{:>15}{:>7}{:>10}{:>11}"
+    titles = ("case", "", "to SDPA", "goal", "to best dense", "goal", "to floor", "MiB saved")
+    print("\n" + layout.format(*titles))
     for goal in goals(device):
         wanted = {**goal.case.columns(), "implementation": goal.implementation}
         row = next((row for row in rows if wanted.items() <= row.items()), BLANK)
-        lines.append(
-            {
-                "case": str(goal.case),
-                "implementation": goal.implementation,
-                "to_sdpa": row["to_sdpa"],
-                "to_sdpa_goal": goal.to_sdpa,
-                "to_best_dense": row["to_best_dense"],
-                "to_best_dense_goal": goal.to_best_dense,
-            }
-        )
-        case, name, *values = ("" if x is None else x for x in lines[-1].values())
-        print("{:<44}{:<14}{:>9}{:>7}{:>15}{:>7}".format(case, name, *values))
+        floored = row["median_ms"] and row["floor_ms"]
+        line = {
+            "case": str(goal.case),
+            "implementation": goal.implementation,
+            "to SDPA": row["to_sdpa"],
+            "goal": goal.to_sdpa,
+            "to best dense": row["to_best_dense"],
+            "its goal": goal.to_best_dense,
+            "to floor": round(row["median_ms"] / row["floor_ms"], 1) if floored else None,
+            "MiB saved": row["saved_mib"],
+        }
+        lines.append(line)
+        print(layout.format(*("" if value is None else value for value in line.values())))
     return lines
 
 
