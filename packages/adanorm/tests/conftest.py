@@ -1,8 +1,14 @@
-from collections.abc import Iterator
+import io
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from separata_adanorm.__main__ import PACKAGE, VERBS
+from separata_shared.cli import main
 from separata_shared.testing.parity import goldens_option, pytest_generate_tests
 
 __all__ = ["pytest_addoption", "pytest_generate_tests"]
@@ -17,3 +23,38 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    output: str
+    errors: str
+
+    def refused(self, *words: str) -> None:
+        """Check for exit status 2 and a last line that names what is at fault."""
+        assert self.status == 2, self
+        last = self.errors.strip().splitlines()[-1]
+        assert last.startswith("separata-adanorm: error: "), self
+        assert "Traceback" not in self.errors
+        assert [word for word in words if word not in last] == [], last
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Run the program with arguments, in this process and in the test's own directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, stdin: bytes = b"") -> Outcome:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(VERBS, package=PACKAGE, arguments=[str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return Outcome(int(left.value.code or 0), printed.out, printed.err)
+
+    return run

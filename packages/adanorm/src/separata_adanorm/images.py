@@ -176,10 +176,10 @@ def _tiny(count: int, *, seed: int = 1) -> ImageParts:
 
     def part(size: int) -> Images:
         labels = random.integers(CLASSES, size=size)
-        pixels = random.integers(100, size=(size, SIZE, SIZE))
+        pixels = random.integers(80, size=(size, SIZE, SIZE))
         for image, label in zip(pixels, labels, strict=True):
-            row, column = random.integers(SIZE - 20, size=2)
-            image[row : row + 20, column : column + 20] += 155 * shapes[label]
+            row, column = random.integers(2, 7, size=2)
+            image[row : row + 20, column : column + 20] += 175 * shapes[label]
         return _images(pixels, labels, source="tiny")
 
     return ImageParts(part(count), part(max(count // 10, 1)), part(max(count // 10, 1)))

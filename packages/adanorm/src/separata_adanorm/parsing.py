@@ -308,7 +308,8 @@ def parse_text(trained: TrainedParser, text: str, *, source: object) -> str:
     trees = list(treebank.parse_conllu(text, source=source))
     nodes = [[token for token in tree if isinstance(token["id"], int)] for tree in trees]
     for token in (token for tokens in nodes for token in tokens):
-        token[column] = token[column] or lexicon.usual_tag(token["form"])
+        if token[column] in (None, "_"):
+            token[column] = lexicon.usual_tag(token["form"])
     sentences = [
         Sentence(tuple(t["form"] for t in tokens), tuple(t[column] for t in tokens))
         for tokens in nodes

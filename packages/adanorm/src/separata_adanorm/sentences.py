@@ -163,18 +163,16 @@ def _rt(raw: Path, seed: int) -> LabelledParts:
 
 
 def _tiny(count: int, *, seed: int = 1) -> LabelledParts:
-    """Made reviews: class 1 where more good words than bad ones stand, ``not`` turns its next."""
+    """Made reviews that are good (1) or bad (0) throughout; ``not`` turns the word after it."""
     random = np.random.default_rng(seed)
 
     def sentence() -> Labelled:
-        words, balance = list[str](), 0
-        for _ in range(random.integers(3, 10)):
-            value = int(random.integers(-1, 2))
-            sign = -1 if value and random.random() < 0.25 else 1
-            words += ["not"] if sign < 0 else []
-            words.append(f"{('bad', 'plain', 'good')[value + 1]}{random.integers(6)}")
-            balance += sign * value
-        return Labelled(" ".join(words), int(balance > 0))
+        label, words = int(random.integers(2)), list[str]()
+        for _ in range(random.integers(2, 5)):
+            turned = int(random.random() < 0.25)
+            words += [f"plain{random.integers(9)}"] * int(random.integers(2)) + ["not"] * turned
+            words.append(f"{('bad', 'good')[label ^ turned]}{random.integers(6)}")
+        return Labelled(" ".join(words), label)
 
     def part(size: int) -> list[Labelled]:
         return [sentence() for _ in range(size)]
