@@ -57,14 +57,13 @@ def _most_keys(query: Tensor, value: Tensor) -> int:
     return 128 if wide and query.dtype == torch.float32 else 256
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _unavailable(device: str) -> str | None:
     """The reason why Triton cannot be used on this type of device."""
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it runs on GPUs, and with TRITON_INTERPRET=1 on the CPU, not on {device}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; PyTorch for CUDA brings it"
-    if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"it runs on GPUs, and with TRITON_INTERPRET=1 slowly anywhere, but not on {device}"
+    return None
 
 
 def attend(

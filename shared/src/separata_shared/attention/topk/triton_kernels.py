@@ -17,7 +17,7 @@ import triton.language as tl
 # The interpreter multiplies bfloat16 as if it were integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 INT_MIN = tl.constexpr(-(2**31))
-# The place of the lowest finite float among all floats, see `_float_at`.
+# The place of the lowest finite float, see `_place_of`.
 LOWEST = tl.constexpr(-0x7F800000)
 
 
@@ -128,7 +128,9 @@ def _row_k(problem, batch, head, time, inside):
     k = problem.top_k.data
     if problem.top_k.strides is not None:
         strides = problem.top_k.strides
-        k = tl.load(k + batch * strides[0] + head * strides[1] + time * strides[2], mask=inside, other=1)
+        k = tl.load(
+            k + batch * strides[0] + head * strides[1] + time * strides[2], mask=inside, other=1
+        )
     return k
 
 
@@ -172,8 +174,15 @@ def _unit(problem):
 
 
 @triton.jit
+def _place_of(x):
+    """The place of floats in the order of all floats, an integer."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+@triton.jit
 def _float_at(place):
-    """The float at a place in the order of all floats, as an integer; inverse of its bits."""
+    """The floats at these places."""
     return tl.where(place >= 0, place, place ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)
 
 
@@ -183,10 +192,11 @@ def _kth_largest(x, k, BITS: tl.constexpr):
 
     At least the lowest finite number, so that no ``-inf`` is as large.
     """
-    place = tl.where(tl.sum((x >= 0.0).to(tl.int32), 1) >= k, 0, INT_MIN)
+    places = _place_of(x)
+    place = tl.where(tl.sum((places >= 0).to(tl.int32), 1) >= k, 0, INT_MIN)
     for step in range(BITS):
         trial = place | (1 << (30 - step))
-        count = tl.sum((x >= _float_at(trial)[:, None]).to(tl.int32), 1)
+        count = tl.sum((places >= trial[:, None]).to(tl.int32), 1)
         place = tl.where(count >= k, trial, place)
     return _float_at(tl.maximum(place, LOWEST))
 
@@ -250,7 +260,9 @@ def search_kernel(
     if DEPTH > 1:
         first = tl.reshape(tl.join(first, second), [M, 2 * N])
     if DEPTH > 2:
-        first = tl.reshape(tl.join(first, tl.reshape(tl.join(third, fourth), [M, 2 * N])), [M, 4 * N])
+        first = tl.reshape(
+            tl.join(first, tl.reshape(tl.join(third, fourth), [M, 2 * N])), [M, 4 * N]
+        )
 
     inside = rows < problem.T
     bound = _kth_largest(first, _row_k(problem, batch, head, rows, inside), 15)
@@ -382,7 +394,16 @@ def _store_rows(pointer, rows, x, inside, WIDTH: tl.constexpr):
 
 @triton.jit
 def _count_from(
-    problem, q, batch, head, rows, stop, bound, CAUSAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr
+    problem,
+    q,
+    batch,
+    head,
+    rows,
+    stop,
+    bound,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
 ):
     """Number of scores from ``bound`` upwards, for each row."""
     count = tl.zeros(rows.shape, tl.int32)
@@ -664,7 +685,17 @@ def keys_backward_kernel(
 
 @triton.jit
 def _dense_weights(
-    problem, limits, dropout, q, batch, head, rows, columns, wide, CAUSAL: tl.constexpr, D: tl.constexpr
+    problem,
+    limits,
+    dropout,
+    q,
+    batch,
+    head,
+    rows,
+    columns,
+    wide,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
 ):
     """Weights ``(M, N)`` in rows without a list, zero in others, and factors of dropout."""
     row = (batch * problem.H + head) * problem.T + rows
