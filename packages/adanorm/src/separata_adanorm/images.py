@@ -207,12 +207,13 @@ class ImageClassifier(nn.Module):
         self.hidden = nn.Linear(channels[1] * 4 * 4, hidden_width)
         self.norm = norm(hidden_width)
         self.output = nn.Linear(hidden_width, CLASSES)
+        self.to(memory_format=torch.channels_last)  # the layout in which convolutions are fast
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map images (B,1,28,28) of bytes to scores of the classes (B,10)."""
         x = (pixels.float() / 255 - _MEAN) / _STD
-        # Several times faster on a CPU; pooling first gives the same numbers with less work.
         x = x.contiguous(memory_format=torch.channels_last)
+        # Pooling before the activation gives the same numbers with less work.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
         scores: Tensor = self.output(F.relu(self.norm(self.hidden(x.flatten(1)))))
