@@ -207,7 +207,8 @@ class ImageClassifier(nn.Module):
         self.hidden = nn.Linear(channels[1] * 4 * 4, hidden_width)
         self.norm = norm(hidden_width)
         self.output = nn.Linear(hidden_width, CLASSES)
-        self.to(memory_format=torch.channels_last)  # the layout in which convolutions are fast
+        # The layout in which convolutions are fast.
+        nn.utils.convert_conv2d_weight_memory_format(self, torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map images (B,1,28,28) of bytes to scores of the classes (B,10)."""
