@@ -72,13 +72,13 @@ class Operation:
         found = [x[COMPARED].float() for x in found]
         found[0] *= self.clear
         tolerance = TOLERANCES[str(dtype).removeprefix("torch.")]
-        worst = 0.0
+        errors = []
         for number, (own, true) in enumerate(
             zip(found, self._expected(competitor.expected, dtype), strict=True)
         ):
-            error = float((own - true).abs().max() / true.abs().max())
-            worst = max(worst, error / tolerance[number > 0])
-        return worst
+            error = (own - true).abs().max() / true.abs().max()
+            errors.append(error / tolerance[number > 0])
+        return float(torch.stack(errors).max())  # NaN if there is one
 
     def _compute_expected(self, name: str, dtype: torch.dtype) -> list[Tensor]:
         inputs = [x[COMPARED].detach().to(dtype).requires_grad_(self.training) for x in self.inputs]

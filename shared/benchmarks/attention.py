@@ -101,7 +101,7 @@ def measure(
         except ValueError as error:  # from topk_attention: this implementation cannot serve
             notes[name] = str(error)
             continue
-        if deviation > 1.0:
+        if not deviation <= 1.0:  # NaN as well
             notes[name] = f"wrong: deviates {deviation:.1f} times as far as is allowed"
             if competitor.precision == "highest":  # on some CPUs "medium" rounds to bfloat16
                 wrong.append(f"{case}: {name}")
