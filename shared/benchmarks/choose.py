@@ -8,7 +8,6 @@ that the implementations are right.
 """
 
 import csv
-import pprint
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +26,9 @@ RESULTS = Path(__file__).parent / "results"
 # Forward and backward of as many queries as keys; and forward of one query, as with a cache.
 SIZES = {
     "training": (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
-    "decoding": (128, 512, 2048, 8192),
+    "decoding": (32, 128, 512, 2048, 8192),
 }
-TOP_K = (4, 8, 16, 32, 64, 128, 256, 512)
+TOP_K = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 # Rows of scores: enough for every size, few enough for the whole grid.
 ROWS = {"training": 8192, "decoding": 128}
 WIDTH = 64
@@ -69,7 +68,10 @@ def main(
     path = output or RESULTS / f"choice-{device}.csv"
     write(path, rows)
     print(f"written to {path}")
-    pprint.pp(limits(read(path), device), width=100)
+    for key, implementations in limits(read(path), device).items():
+        print(f"{key}:")
+        for name, table in implementations.items():
+            print(f"    {name!r}: {table}")
 
 
 def make_inputs(
@@ -104,7 +106,7 @@ def calls(inputs: tuple[torch.Tensor, ...], k: int, training: bool) -> dict[str,
 
 
 def limits(rows: list[Row], device: str) -> Limits:
-    """Up to which k each implementation is faster than all that come after it, by size.
+    """Up to which k each implementation is faster than all that come after it, from a size on.
 
     Args:
         rows: What was measured.
@@ -117,11 +119,21 @@ def limits(rows: list[Row], device: str) -> Limits:
         case[row["implementation"]] = float(row["median_ms"])
     return {
         (device, phase, dtype): {
-            name: {source: most_keys(cases, name) for source, cases in sorted(sizes.items())}
+            name: changes({size: most_keys(cases, name) for size, cases in sorted(sizes.items())})
             for name in TOPK[:-1]
-            if any(name in case for cases in sizes.values() for case in cases.values())
+            if any(name in times for cases in sizes.values() for times in cases.values())
         }
         for (phase, dtype), sizes in times.items()
+    }
+
+
+def changes(most: dict[int, int]) -> dict[int, int]:
+    """The sizes from which on the limit is another one than for the size before."""
+    before = [0, *most.values()]
+    return {
+        size: limit
+        for (size, limit), last in zip(most.items(), before, strict=False)
+        if limit != last
     }
 
 

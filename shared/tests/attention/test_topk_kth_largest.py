@@ -1,6 +1,7 @@
 """The k-th largest number of rows, by networks of comparisons."""
 
 import itertools
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,19 +30,21 @@ def rows(source: int, levels: float, seed: int) -> Tensor:
     return numbers
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("chunk", [250, 1024])
+@settings(max_examples=20, deadline=None)
 @given(
     source=st.integers(1, 140),
     k=st.integers(1, 140),
     levels=st.sampled_from([2.0, 1e6]),
     seed=st.integers(0, 99),
 )
-def test_one_k_for_all_rows(source: int, k: int, levels: float, seed: int) -> None:
+def test_one_k_for_all_rows(chunk: int, source: int, k: int, levels: float, seed: int) -> None:
     numbers = rows(source, levels, seed)
     before = numbers.clone()
     ordered = numbers.sort(dim=-1, descending=True).values
     place = min(k, source) - 1
-    assert torch.equal(kth_largest(numbers, k), ordered[..., place : place + 1])
+    with patch.multiple(module, CHUNK_NUMBERS=1, CHUNK_ROWS=chunk):
+        assert torch.equal(kth_largest(numbers, k), ordered[..., place : place + 1])
     assert torch.equal(numbers, before)
 
 

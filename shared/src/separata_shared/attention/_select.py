@@ -17,12 +17,20 @@ TOPK = ("native", "triton", "blocked", "eager")
 # Written by ``python shared/benchmarks/choose.py``; GPUs are estimated.
 TOPK_LIMITS: dict[tuple[str, str, str], dict[str, dict[int, int]]] = {
     ("cpu", "training", "float32"): {
-        "native": {32: 512},
-        "blocked": {512: 8, 1024: 32, 2048: 64, 4096: 256},
+        "native": {32: 16, 64: 32, 128: 64, 256: 128, 512: 256, 1024: 512},
+        "blocked": {128: 4, 256: 16, 512: 32, 1024: 64, 2048: 128, 4096: 256, 8192: 512},
     },
     ("cpu", "training", "bfloat16"): {
-        "native": {32: 512},
-        "blocked": {512: 8, 1024: 32, 2048: 64, 4096: 256},
+        "native": {32: 8, 64: 16, 128: 32, 256: 128, 512: 256, 1024: 512},
+        "blocked": {512: 8, 1024: 32, 2048: 128, 8192: 512},
+    },
+    ("cpu", "decoding", "float32"): {
+        "native": {128: 64, 512: 256, 2048: 512},
+        "blocked": {8192: 4},
+    },
+    ("cpu", "decoding", "bfloat16"): {
+        "native": {128: 64, 512: 256, 2048: 512},
+        "blocked": {},
     },
 }
 TOPK_LIMITS_ELSEWHERE = {

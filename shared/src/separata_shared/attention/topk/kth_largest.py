@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Beyond these the network has more comparisons than ``topk`` costs (measured on a CPU).
+# Limits beyond which a network costs more than ``topk``, measured on a CPU: ``topk`` is fast where
+# k is a small part of the row, a network needs many rows for each of its steps.
 NETWORK_K = 128
-NETWORK_NUMBERS_PER_K = 128
-# Nor do fewer rows pay for the calls.
+NETWORK_NUMBERS_PER_K = 64
 NETWORK_ROWS = 512
-# Numbers that pass through the network at a time: a few MiB stay in the cache of a core.
-NETWORK_NUMBERS = 2**20
+# Numbers that pass through the network at a time: a few MiB stay in cache; and the least rows.
+CHUNK_NUMBERS, CHUNK_ROWS = 2**20, 1024
 
 
 def kth_largest(numbers: Tensor, k: int | Tensor) -> Tensor:
@@ -50,8 +50,9 @@ def _descending(numbers: Tensor, count: int) -> list[Tensor]:
         return list(numbers.topk(count, dim=-1).values.unbind(-1))
     length = 1 << (count - 1).bit_length()
     num_lists = 1 << (-(-source // length) - 1).bit_length()
+    chunk = max(CHUNK_NUMBERS // source, CHUNK_ROWS)
     parts = []
-    for rows in torch.split(numbers.reshape(-1, source), max(NETWORK_NUMBERS // source, 1)):
+    for rows in torch.split(numbers.reshape(-1, source), chunk):
         columns = numbers.new_empty(length * num_lists, len(rows))
         columns[:source] = rows.t()
         columns[source:] = -torch.inf
