@@ -35,7 +35,7 @@ WIDTH = 64
 
 
 def main(
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: Literal["cpu", "cuda"] | None = None,
     rounds: int = 7,
     seconds: float = 3.0,
     output: Path | None = None,
@@ -43,12 +43,13 @@ def main(
     """Time the implementations of top-k attention and print which one to choose.
 
     Args:
-        device: Where to run.
+        device: Where to run; by default the GPU where there is one.
         rounds: Timings of each implementation.
         seconds: Time for a case after which no further round begins; there are five at least.
         output: CSV file; by default results/choice-DEVICE.csv beside this script.
     """
     torch.set_num_threads(1)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     clock = timing.make_clock(device, 1)
     machine = timing.environment(device, 1)
     interleave = partial(timing.interleave, clock=clock, rounds=rounds, seconds=seconds)
@@ -68,10 +69,11 @@ def main(
     path = output or RESULTS / f"choice-{device}.csv"
     write(path, rows)
     print(f"written to {path}")
-    for key, implementations in limits(read(path), device).items():
-        print(f"{key}:")
+    for (_, phase, dtype), implementations in limits(read(path), device).items():
+        print(f'("{device}", "{phase}", "{dtype}"): {{')
         for name, table in implementations.items():
-            print(f"    {name!r}: {table}")
+            print(f'    "{name}": {table},')
+        print("},")
 
 
 def make_inputs(
