@@ -188,9 +188,7 @@ ADVERSARIAL = {
 
 @every_tie_rule
 @pytest.mark.parametrize("name", ADVERSARIAL)
-def test_adversarial_scores(
-    results_of: Callable[..., list[Tensor]], ties: str, name: str
-) -> None:
+def test_adversarial_scores(results_of: Callable[..., list[Tensor]], ties: str, name: str) -> None:
     inputs = inputs_of(1, 1, 1, 3, 100, 4, 5, top_k=3, bias=ADVERSARIAL[name].expand(3, 100))
     inputs = replace(inputs, query=torch.zeros_like(inputs.query))
     found = results_of(partial(attend, top_k=3, ties=ties), inputs)
@@ -203,8 +201,8 @@ def test_adversarial_scores(
 def test_each_row_may_have_its_own_k_and_more_than_announced(
     results_of: Callable[..., list[Tensor]], ties: str
 ) -> None:
-    inputs = inputs_of(1, 2, 1, 3, 150, 4, 5, top_k=0)
-    top_k = torch.tensor([[1, 7, 60], [150, 3, 999]])
+    inputs = inputs_of(1, 2, 1, 3, 80, 4, 5, top_k=0)
+    top_k = torch.tensor([[1, 7, 60], [80, 3, 999]])
     for most in (None, 9):
         call = partial(attend, top_k=top_k, ties=ties, most_keys=most)
         wanted = results_of(partial(expected, top_k=top_k, ties=ties), inputs)
@@ -333,14 +331,16 @@ triton.runtime.driver.set_active(Driver())
 run, names = JITFunction.run, set()
 
 def compile_only(self, *arguments, grid, warmup, **options):
-    kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-    assert kernel.metadata.shared <= 227 * 1024
-    names.add(self.fn.__name__)
+    name = self.fn.__name__
+    if name not in names or name in ("search_kernel", "lists_backward_kernel"):
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        assert kernel.metadata.shared <= 227 * 1024
+        names.add(name)
 
 JITFunction.run = compile_only
 from separata_shared.attention.topk.triton import attend
 
-for full in (False, True):
+for full in (True, False):
     torch.use_deterministic_algorithms(full)
     query, key, value = (torch.zeros(1, 2, 64, 16, dtype=torch.bfloat16) for _ in range(3))
     query, bias = query.requires_grad_(), torch.zeros(1, 2, 64, 64, requires_grad=True)
