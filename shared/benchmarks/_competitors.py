@@ -70,9 +70,14 @@ def dense(case: Case) -> Attention:
     heads = max(MOST_SCORES * case.batch * case.heads // case.scores, 1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if case.scores <= MOST_SCORES:
+            return scores(q, k).softmax(dim=-1) @ v
         parts = zip(*(torch.split(x.flatten(0, 1), heads) for x in (q, k, v)), strict=True)
-        outputs = [scores(q, k).softmax(dim=-1) @ v for q, k, v in parts]
-        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).view_as(q)
+        output = torch.empty_like(q)  # outputs between the matrices would fragment the memory
+        for number, (q_part, k_part, v_part) in enumerate(parts):
+            rows = slice(number * heads, (number + 1) * heads)
+            output.view(-1, *q.shape[2:])[rows] = scores(q_part, k_part).softmax(dim=-1) @ v_part
+        return output
 
     return attend
 

@@ -28,8 +28,8 @@ from separata_shared.testing import timing
 
 Row = dict[str, Any]
 Times = dict[str, list[float]]
-# Bytes taken at the start, and bytes beyond which allocations fail rather than fill the machine.
-READY, MEMORY = 3 * 2**30, 11 * 2**30
+# Bytes taken before a case, and bytes beyond which allocations fail rather than fill the machine.
+READY, MEMORY = 2 * 2**30, 10 * 2**30
 # What a competitor that is not timed leaves empty.
 BLANK: Row = dict.fromkeys(
     ("median_ms", "p20_ms", "p80_ms", "to_sdpa", "to_best_dense", "best_dense", "saved_mib")
@@ -51,7 +51,7 @@ def main(
             of 128 to 8192, k of 4 to 128, both precisions, causal and not.
         device: Where to run; by default the GPU where there is one.
         threads: Threads on a CPU; with more than one, times are wall time.
-        rounds: Timings of each competitor.
+        rounds: Timings of each competitor, two or more.
         seconds: Time for a case after which no further round begins; there are five at least.
         output: Folder of the CSV files; by default results beside this script.
     """
@@ -70,6 +70,7 @@ def main(
     for name in suites:
         rows: list[Row] = []
         for case in suite(name, device):
+            timing.keep_memory(ready=READY, limit=MEMORY)
             machine["gemm_gflop_s"] = round(speeds[case.dtype] / 1e9, 1)
             found, refused = measure(case, device, machine, interleave)
             show(case, found)
@@ -182,5 +183,4 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    timing.keep_memory(ready=READY, limit=MEMORY)
     auto_cli(main)

@@ -30,7 +30,7 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 
 
 def keep_memory(*, ready: int = 0, limit: int | None = None) -> None:
-    """Let glibc keep freed memory, for the rest of this process.
+    """Let glibc keep memory that is freed from now on, and give back what was kept before.
 
     By default it gives buffers of 32 MiB and more back to the kernel, and the page faults of each
     new one cost more than many kernels do. Elsewhere than on Linux this does nothing.
@@ -47,6 +47,7 @@ def keep_memory(*, ready: int = 0, limit: int | None = None) -> None:
     if hasattr(libc, "gnu_get_libc_version"):
         for option, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (TOP_PAD, 2**26)):
             libc.mallopt(option, value)
+        libc.malloc_trim(0)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
     torch.ones(ready, dtype=torch.uint8)  # and back to glibc
@@ -72,7 +73,7 @@ def interleave(
     Args:
         competitors: Calls by name; they take turns.
         clock: Gives seconds.
-        rounds: Largest number of rounds.
+        rounds: Largest number of rounds, two or more for ``spread``.
         seconds: After this time no further round begins, but there are five at least.
     """
     repeats = {}
