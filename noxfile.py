@@ -46,16 +46,23 @@ def module(project: Path) -> str:
     return str(metadata(project)["project"]["name"]).replace("-", "_")
 
 
-def requirement(project: Path, wanted: Iterable[str] | None = None) -> str:
-    """``project`` as pip takes it, with those of the ``wanted`` extras that it has (None: all)."""
-    extras = list(metadata(project)["project"].get("optional-dependencies", {}))
-    chosen = extras if wanted is None else [extra for extra in wanted if extra in extras]
+def extras(project: Path) -> list[str]:
+    """Extras of ``project``."""
+    return list(metadata(project)["project"].get("optional-dependencies", {}))
+
+
+def requirement(project: Path, wanted: Iterable[str]) -> str:
+    """``project`` as pip takes it, with those of the ``wanted`` extras that it has."""
+    chosen = [extra for extra in wanted if extra in extras(project)]
     return f"./{project.as_posix()}[{','.join(chosen)}]"
 
 
 def everything() -> list[str]:
-    """All projects with all their extras."""
-    return [requirement(project) for project in PROJECTS]
+    """All projects with all their extras, except that ``triton`` takes 700 MB for few tests."""
+    return [
+        requirement(project, (extra for extra in extras(project) if extra != "triton"))
+        for project in PROJECTS
+    ]
 
 
 def install(session: nox.Session, *requirements: str, silent: bool = True) -> None:
@@ -81,7 +88,7 @@ def tests(session: nox.Session, folder: str) -> None:
     """Test shared, or one paper with nothing but shared beside it."""
     project = Path(folder)  # a parameter must be text: `nox --report` writes it as JSON
     if project == SHARED:
-        install(session, requirement(SHARED))
+        install(session, requirement(SHARED, extras(SHARED)))
     else:
         install(session, "./shared", requirement(project, ["test"]))
     try:
@@ -272,7 +279,8 @@ def results(session: nox.Session) -> None:
 def lock(session: nox.Session) -> None:
     """Rewrite constraints.txt from a clean install of everything that any session installs."""
     tools = {*BENCH, *BUILD, *CONTRACT, *DOCS, *IMPORTS, *LINT, *TYPES, *UNIT}
-    session.install("--no-compile", TORCH, *everything(), *sorted(tools))
+    triton = requirement(SHARED, ["triton"])
+    session.install("--no-compile", TORCH, *everything(), triton, *sorted(tools))
     frozen = str(session.run("python", "-m", "pip", "freeze", silent=True)).splitlines()
     # Our own packages come from paths; a local suffix such as +cpu depends on the machine.
     pins = [re.sub(r"\+.*", "", line) for line in frozen if "==" in line and "@" not in line]
