@@ -76,10 +76,13 @@ def library() -> ctypes.CDLL:
     return kernels
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
     """Whether the kernels can be used; warns once where they cannot."""
     return _available()
+
+
+# What torch.compiler.assume_constant_result sets; it would import the compiler. Traced code asks once.
+available.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.cache
