@@ -81,7 +81,7 @@ def available() -> bool:
     return _available()
 
 
-# What torch.compiler.assume_constant_result sets; it would import the compiler. Traced code asks once.
+# Traced code asks once: what torch.compiler.assume_constant_result sets after importing a compiler.
 available.__dict__["_dynamo_marked_constant"] = True
 
 
