@@ -79,20 +79,25 @@ GPU_GOALS = [
     Goal(Case(mode="training", source=8192, dtype="bfloat16"), "triton", 0.5, None),
 ]
 
+MODES: tuple[Mode, Mode] = ("forward", "training")
+TOP_K = (4, 16, 32, 64, 128)
+
 QUICK = [Case(mode="training", source=256, batch=1, heads=2)]
 
 
 def grid() -> list[Case]:
-    """All lengths at k = 8, and all k at two lengths, with 4096 tokens a batch."""
-    cases = []
-    for source in (128, 256, 512, 1024, 2048, 4096, 8192):
-        for mode in ("forward", "training"):
-            case = Case(mode=mode, source=source, batch=max(4096 // source, 1))
-            cases += [case, replace(case, causal=True)]
-            cases += [replace(case, dtype="bfloat16"), replace(case, dtype="bfloat16", causal=True)]
-            if source in (1024, 4096):
-                cases += [replace(case, top_k=k) for k in (4, 16, 32, 64, 128)]
-    return cases
+    """All lengths at k = 8, also causal and in bfloat16, and all k; with 4096 tokens a batch."""
+    plain = [
+        Case(mode=mode, source=source, batch=max(4096 // source, 1))
+        for source in (128, 256, 512, 1024, 2048, 4096, 8192)
+        for mode in MODES
+    ]
+    return [
+        *plain,
+        *(replace(case, top_k=k) for case in plain if case.source in (1024, 4096) for k in TOP_K),
+        *(replace(case, causal=True) for case in plain),
+        *(replace(case, dtype="bfloat16") for case in plain),
+    ]
 
 
 def suite(name: Literal["quick", "main", "full"], device: str) -> list[Case]:

@@ -68,6 +68,8 @@ def main(
     }
     wrong = []
     for name in suites:
+        stem = f"attention-{device}-{name}" + (f"-{threads}-threads" if threads > 1 else "")
+        folder = output or Path(__file__).parent / "results"
         rows: list[Row] = []
         for case in suite(name, device):
             timing.keep_memory(ready=READY, limit=MEMORY)
@@ -76,11 +78,10 @@ def main(
             show(case, found)
             rows += found
             wrong += refused
-        stem = f"attention-{device}-{name}" + (f"-{threads}-threads" if threads > 1 else "")
-        folder = output or Path(__file__).parent / "results"
-        write(folder / f"{stem}.csv", rows)
+            write(folder / f"{stem}.csv", rows)  # after each case, since a suite takes long
         if name == "main":
             write(folder / f"{stem}-goals.csv", compare_with_goals(rows, device))
+        print(f"written to {folder / stem}.csv")
     if wrong:
         sys.exit("not timed, since their results are wrong:\n" + "\n".join(wrong))
 
@@ -179,7 +180,6 @@ def write(path: Path, rows: list[Row]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print(f"written to {path}")
 
 
 if __name__ == "__main__":
