@@ -81,7 +81,7 @@ def available() -> bool:
     return _available()
 
 
-# Traced code asks once: what torch.compiler.assume_constant_result sets after importing a compiler.
+# The mark of torch.compiler.assume_constant_result, which would import the compiler.
 available.__dict__["_dynamo_marked_constant"] = True
 
 
