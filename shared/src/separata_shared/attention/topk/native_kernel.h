@@ -596,6 +596,11 @@ class Sums {
     std::fill_n(values_.get(), (end - begin) * p.value_width, 0.0f);
   }
 
+  INLINE void expect(const Problem& p, int64_t column) const {
+    prefetch(keys_.get() + (column - begin_) * p.width, p.width);
+    prefetch(values_.get() + (column - begin_) * p.value_width, p.value_width);
+  }
+
   TARGET void add(const Problem& p, const Row<T>& row) {
     for (int64_t i = 0; i < row.entries; ++i) {
       const int64_t column = row.columns[i];
@@ -652,6 +657,14 @@ TARGET void backward_rows(const Problem& p, const Gradients& g, const Task& task
   Sums<T> sums(p, 0, with_keys ? p.source : 0);
   for (int64_t i = task.first; i < task.last; ++i) {
     const Row<T> row(p, g, task, i);
+    if (i + 1 < task.last) {  // the rows of the next one's keys are read in no order
+      const Row<T> next(p, g, task, i + 1);
+      for (int64_t j = 0; j < std::min<int64_t>(next.entries, 16); ++j) {
+        prefetch(key + next.columns[j] * p.key_stride[2], p.width);
+        prefetch(value + next.columns[j] * p.value_stride[2], p.value_width);
+        if (with_keys) sums.expect(p, next.columns[j]);
+      }
+    }
     backward_row(p, g, task, i, row, key, value);
     if (with_keys) sums.add(p, row);
   }
