@@ -32,8 +32,13 @@ def forward(
     """
     total = x if residual is None else x + residual
     rows = computed(total).reshape(-1, width)
-    sigma, mean = torch.std_mean(rows, dim=1, correction=int(official))
-    y = (rows - mean[:, None]) / spread(sigma, eps, official)[:, None]
+    # Differences to the first entry: equal entries then deviate by exactly nothing.
+    mean = rows[:, 0] + (rows - rows[:, :1]).mean(dim=1)
+    deviations = rows - mean[:, None]
+    wide = rows.dtype if rows.device.type == "mps" else torch.float64  # squares may overflow
+    sigma = torch.linalg.vector_norm(deviations, dim=1, dtype=wide) / (width - official) ** 0.5
+    sigma = sigma.to(rows.dtype)
+    y = deviations / spread(sigma, eps, official)[:, None]
     output = (y * (C - C * k * y)).to(x.dtype).view(x.shape)
     if residual is None:
         return output, x.new_empty(0), mean, sigma

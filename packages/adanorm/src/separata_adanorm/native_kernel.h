@@ -12,6 +12,10 @@ typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
+// Numbers between what is computed and what is asked for from memory: 8 KiB.
+template <class T>
+constexpr int64_t AHEAD = 8192 / sizeof(T);
+
 // A pass over a row: body gets a vector or, for what remains, a number; where it begins; and which
 // of four sums it may add to without waiting for the last addition.
 template <class Body>
@@ -45,6 +49,8 @@ INLINE V load(const float* p) {
   return x;
 }
 
+INLINE Vec widened(Vec x) { return x; }
+INLINE float widened(float x) { return x; }
 INLINE Vec widened(Halves x) {
   return reinterpret_cast<Vec>(__builtin_convertvector(x, Bits) << 16);
 }
@@ -77,15 +83,9 @@ INLINE uint16_t narrowed(const Bf16*, float x) {
   return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
 }
 
-INLINE Vec rounded(const float*, Vec x) { return x; }
-INLINE float rounded(const float*, float x) { return x; }
-INLINE Vec rounded(const Bf16* p, Vec x) { return widened(narrowed(p, x)); }
-INLINE float rounded(const Bf16* p, float x) { return widened(narrowed(p, x)); }
-
 // STREAM writes past the caches: memory need not be read first, and the inputs stay cached.
 template <bool STREAM, class T, class V>
-INLINE void store(T* p, V x) {
-  const auto value = narrowed(p, x);
+INLINE void store(T* p, V value) {
 #if X86
   if constexpr (STREAM && sizeof(value) % 16 == 0) {
     __m128i parts[sizeof(value) / 16];
@@ -100,11 +100,11 @@ INLINE void store(T* p, V x) {
 }
 
 // Mean and standard deviation of a row. Differences to its first entry make equal entries deviate
-// by exactly nothing; the second pass corrects a mean that was rounded. The row after it is asked
-// for on the way.
-template <class T>
-INLINE Statistics statistics(const float* row, float differences, const Problem& p, const T* next,
-                             const T* next_residual) {
+// by exactly nothing; the second pass corrects a mean that was rounded. It leaves memory idle, so
+// rows to come are asked for on the way.
+template <bool RESIDUAL, class T>
+INLINE Statistics statistics(const float* row, float differences, const Problem& p, const T* x,
+                             const T* residual) {
   const float n = p.width, denominator = p.official ? n - 1 : n;
   float mean = row[0] + differences / n;
   Sum sum, squares;
@@ -112,8 +112,9 @@ INLINE Statistics statistics(const float* row, float differences, const Problem&
     const auto d = load<decltype(lane)>(row + i) - mean;
     sum.add(d, part);
     squares.add(d * d, part);
-    __builtin_prefetch(next + i);
-    if (next_residual) __builtin_prefetch(next_residual + i);
+    constexpr int64_t ahead = RESIDUAL ? AHEAD<T> / 4 : AHEAD<T>;  // four streams share the cache
+    __builtin_prefetch(x + i + ahead);
+    if constexpr (RESIDUAL) __builtin_prefetch(residual + i + ahead);
   });
   const float error = sum.total();
   const float variance = (squares.total() - error * error / n) / denominator;
@@ -136,27 +137,27 @@ TARGET void forward(const Problem& p, int64_t first, int64_t last, float* scratc
     } else {
       row = scratch;
       float start = load<float>(x);
-      if constexpr (RESIDUAL) start = rounded(x, start + load<float>(residual));
+      if constexpr (RESIDUAL) start = widened(narrowed(x, start + load<float>(residual)));
       T* const total = static_cast<T*>(p.total) + r * p.width;
       each(p.width, [&] EACH {
         auto v = load<decltype(lane)>(x + i);
         if constexpr (RESIDUAL) {
-          v = rounded(x, v + load<decltype(lane)>(residual + i));
-          store<STREAM>(total + i, v);
+          const auto stored = narrowed(x, v + load<decltype(lane)>(residual + i));
+          store<STREAM>(total + i, stored);
+          v = widened(stored);
         }
         store<false>(scratch + i, v);
         sum.add(v - start, part);
       });
     }
-    const Statistics found =
-        statistics(row, sum.total(), p, x + p.width, RESIDUAL ? residual + p.width : nullptr);
+    const Statistics found = statistics<RESIDUAL>(row, sum.total(), p, x, residual);
     p.mean[r] = found.mean;
     p.sigma[r] = found.sigma;
     const float scale = 1 / spread(p, found.sigma);
     T* const output = static_cast<T*>(p.output) + r * p.width;
     each(p.width, [&] EACH {
       const auto y = (load<decltype(lane)>(row + i) - found.mean) * scale;
-      store<STREAM>(output + i, y * (C - slope * y));
+      store<STREAM>(output + i, narrowed(x, y * (C - slope * y)));
     });
   }
 }
@@ -196,9 +197,9 @@ TARGET void backward(const Problem& p, int64_t first, int64_t last, float*) {
       const V h = load<V>(g + i) * (C - slope * y);
       V dx = (h - centre - y * shrink) * outer;
       if constexpr (RESIDUAL) dx += load<V>(other + i);
-      store<STREAM>(output + i, dx);
-      __builtin_prefetch(x + p.width + i);
-      __builtin_prefetch(g + p.width + i);
+      store<STREAM>(output + i, narrowed(x, dx));
+      __builtin_prefetch(x + i + AHEAD<T>);
+      __builtin_prefetch(g + i + AHEAD<T>);
     });
   }
 }
