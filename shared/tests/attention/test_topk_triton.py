@@ -139,7 +139,7 @@ def tied() -> AttentionInputs:
 
 
 @every_tie_rule
-@pytest.mark.parametrize("case", ["plain", "mask", "bias"])
+@pytest.mark.parametrize("case", ["plain", "mask", "bias", "bias of keys"])
 def test_rows_whose_lists_overflow_are_the_references(
     results_of: Callable[..., list[Tensor]], ties: str, case: str
 ) -> None:
@@ -148,6 +148,8 @@ def test_rows_whose_lists_overflow_are_the_references(
         inputs = replace(inputs, mask=normal(1, 1, 5, 100, seed=3) > -0.5, causal=True)
     elif case == "bias":
         inputs = replace(inputs, bias=normal(2, 5, 100, seed=3).round())
+    elif case == "bias of keys":
+        inputs = replace(inputs, bias=torch.zeros(1, 100))
     assert inputs.gap() == 0
     found = results_of(partial(attend, top_k=4, ties=ties), inputs)
     wanted = results_of(partial(expected, top_k=4, ties=ties), inputs)
@@ -333,23 +335,24 @@ run, names = JITFunction.run, set()
 
 def compile_only(self, *arguments, grid, warmup, **options):
     name = self.fn.__name__
-    if name not in names or name in ("search_kernel", "lists_backward_kernel"):
+    if name not in names or name in ("search_kernel", "lists_backward_kernel", AGAIN):
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         assert kernel.metadata.shared <= 227 * 1024
         names.add(name)
 
+AGAIN = "dense_queries_backward_kernel"
 JITFunction.run = compile_only
 from separata_shared.attention.topk.triton import attend
 
-for full in (True, False):
-    torch.use_deterministic_algorithms(full)
+for first in (True, False):
+    torch.use_deterministic_algorithms(first)
     query, key, value = (torch.zeros(1, 2, 64, 16, dtype=torch.bfloat16) for _ in range(3))
-    query, bias = query.requires_grad_(), torch.zeros(1, 2, 64, 64, requires_grad=True)
-    options = dict(mask=None, bias=None, causal=False, ties="keep", dropout=0.0)
-    if full:
-        options = dict(mask=torch.ones(1, 1, 1, 64) > 0, bias=bias, causal=True, ties="exact")
-        options["dropout"] = 0.1
-    attend(query, key, value, torch.tensor(3) if full else 40, **options).sum().backward()
+    bias = torch.zeros(1, 2, 64 if first else 1, 64, requires_grad=True)
+    mask = torch.ones(1, 1, 1 if first else 64, 64) > 0
+    ties, dropout = ("exact", 0.1) if first else ("keep", 0.0)
+    options = dict(causal=first, ties=ties, dropout=dropout)
+    top_k = torch.tensor(3) if first else 40
+    attend(query, key, value, top_k, mask=mask, bias=bias, **options).sum().backward()
 assert len(names) == 7, names
 """
 

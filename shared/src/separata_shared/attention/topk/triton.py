@@ -191,8 +191,8 @@ class _Call:
             query=self.strided(query.to(dtype)),
             key=self.strided(key.to(dtype)),
             value=self.strided(value),
-            mask=None if mask is None else self.broadcast(mask),
-            bias=None if bias is None else self.broadcast(bias),
+            mask=self.broadcast(mask),
+            bias=self.broadcast(bias),
             top_k=kernels.Strided(
                 k, k.expand(self.scores[:3]).stride() if isinstance(k, Tensor) else None
             ),
@@ -216,8 +216,10 @@ class _Call:
         """A tensor as the kernels take it."""
         return self.kernels.Strided(x, x.stride())
 
-    def broadcast(self, x: Tensor) -> Any:
-        """A mask or bias; kernels read one row where all rows are the same."""
+    def broadcast(self, x: Tensor | None) -> Any:
+        """A mask or bias; kernels read one row where all rows are equal."""
+        if x is None:
+            return self.kernels.Strided(None, None)
         strides = x.expand(self.scores).stride()
         rows = None if x.shape[2] == 1 else strides[2]
         return self.kernels.Strided(x, (strides[0], strides[1], rows, strides[3]))
@@ -384,7 +386,6 @@ def _backward(
         torch.empty_like(query, memory_format=torch.contiguous_format),
         key.new_zeros(key.shape, dtype=torch.float32),
         value.new_zeros(value.shape, dtype=torch.float32),
-        None,
     ]
     grad_bias = None
     if with_bias:
@@ -392,7 +393,7 @@ def _backward(
         # A place for every score makes the order of additions irrelevant.
         shape = call.scores if deterministic else bias.shape
         grad_bias = bias.new_zeros(shape, dtype=torch.float32)
-        grads[3] = call.broadcast(grad_bias)
+    grads.append(call.broadcast(grad_bias))
     limits = call.kernels.Limits(*floats, *integers)
     upstream = call.strided(grad)
     with torch.accelerator.device_index(query.device.index):

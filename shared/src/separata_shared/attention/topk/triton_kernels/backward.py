@@ -68,7 +68,7 @@ def lists_backward_kernel(
     grad_query,  # (R, D), written for rows with a list
     grad_key,  # (L, D), added to unless grad_scores is given
     grad_value,  # (L, D_V), likewise
-    grad_bias,  # added to; or None
+    grad_bias,  # added to; its data may be None
     grad_scores,  # (R, SLOTS), written; or None
     R,  # number of rows
     D: tl.constexpr,
@@ -114,7 +114,7 @@ def lists_backward_kernel(
             share = (gradient * problem.scale)[:, :, None] * q[:, None, :]
             _add_rows(grad_key, key, share, inside, D)
             _add_rows(grad_value, key, used[:, :, None] * g[:, None, :], inside, D_V)
-        if grad_bias is not None:
+        if grad_bias.data is not None:
             _add_bias(grad_bias, b, h, t, keys, gradient, inside)
     store_rows(grad_query, rows, result * problem.scale, size >= 0, D)
 
@@ -131,7 +131,7 @@ def _add_rows(pointer, rows, x, inside, WIDTH: tl.constexpr):
 @triton.jit
 def _add_bias(bias, batch, head, rows, columns, x, inside):
     """Add gradients of scores to that of the bias."""
-    place = columns.to(tl.int64) * bias.strides[3]
+    place = tl.broadcast_to(columns.to(tl.int64) * bias.strides[3], x.shape)
     if bias.strides[2] is not None:
         place = place + rows.to(tl.int64) * bias.strides[2]
     tl.atomic_add(head_start(bias, batch, head) + place, x, mask=inside, sem="relaxed")
@@ -217,7 +217,7 @@ def dense_queries_backward_kernel(
     dropout,
     limits,
     grad_query,  # (R, D), written for these rows
-    grad_bias,  # added to; or None
+    grad_bias,  # added to; its data may be None
     means,  # mean gradient of the weights (R,), written for these rows
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
@@ -256,7 +256,7 @@ def dense_queries_backward_kernel(
             gradient = weight * (gradient - mean[:, None])
             k = load_rows(problem.key, batch, kv_head, columns, problem.S, D, BLOCK_D)
             result += dot(gradient.to(k.dtype), k)
-            if grad_bias is not None:
+            if grad_bias.data is not None:
                 inside = weight > 0.0
                 _add_bias(grad_bias, batch, head, rows[:, None], columns[None, :], gradient, inside)
         store_rows(grad_query, row, result * problem.scale, wide, D)

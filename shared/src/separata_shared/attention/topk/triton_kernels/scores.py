@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-0x7F800000)
 
 
 class Strided(NamedTuple):
-    """A tensor of four dimensions; the third has a stride of None where all rows are the same."""
+    """A tensor of four dimensions, or None; a third stride of None means that all rows are equal."""
 
     data: Any
     strides: Any
@@ -30,8 +30,8 @@ class Problem(NamedTuple):
     query: Strided
     key: Strided
     value: Strided
-    mask: Strided | None
-    bias: Strided | None
+    mask: Strided
+    bias: Strided
     top_k: Strided  # (B, H, T); a number has strides of None
     H: int
     repeats: int  # query heads for each key head
@@ -154,9 +154,9 @@ def compute_scores(problem, q, batch, head, rows, columns, CAUSAL: tl.constexpr,
     allowed = (columns < S)[None, :]
     if CAUSAL:
         allowed = allowed & (columns[None, :] <= rows[:, None] + (S - T))
-    if problem.mask is not None:
+    if problem.mask.data is not None:
         allowed = allowed & (load_tile(problem.mask, batch, head, rows, columns, T, S) != 0)
-    if problem.bias is not None:
+    if problem.bias.data is not None:
         bias = load_tile(problem.bias, batch, head, rows, columns, T, S)
         scores = scores * problem.scale + bias.to(tl.float32)
     return tl.where(allowed, scores, float("-inf"))
@@ -165,7 +165,7 @@ def compute_scores(problem, q, batch, head, rows, columns, CAUSAL: tl.constexpr,
 @triton.jit
 def missing_scale(problem):
     """The factor that scores still lack."""
-    if problem.bias is not None:
+    if problem.bias.data is not None:
         return 1.0
     else:
         return problem.scale
