@@ -311,7 +311,15 @@ def _forward(
             **gathering,
         )
         kernels.dense_kernel[call.query_tiles](
-            problem, counts, call.dropout, output, limits, EXACT=exact, **call.widths, **tile
+            problem,
+            counts,
+            call.dropout,
+            output,
+            limits,
+            EXACT=exact,
+            num_stages=1,  # it is rare, and memory for keys loaded ahead is scarce
+            **call.widths,
+            **tile,
         )
     return outputs
 

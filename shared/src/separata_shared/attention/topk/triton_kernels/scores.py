@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-0x7F800000)
 
 
 class Strided(NamedTuple):
-    """A tensor of four dimensions, or None; a third stride of None means that all rows are equal."""
+    """A tensor of four dimensions, or None; a third stride of None: all rows are equal."""
 
     data: Any
     strides: Any
