@@ -17,11 +17,6 @@ from torch.nn import functional as F
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Bytes of scores and what is made of them that a competitor may hold at a time.
-MOST_BYTES = 6 * 2**30
-# Scores that dense attention computes at a time; more are taken some heads after the others.
-MOST_SCORES = 2**27
-
 
 @dataclass(frozen=True, kw_only=True)
 class Competitor:
@@ -31,8 +26,9 @@ class Competitor:
         attend: Makes the operation for a case.
         expected: The competitor it must agree with; None for another function of the scores.
         precision: Setting of float32 products.
-        matrices: Copies of the scores in float32 that it holds forward, and in training.
-        most_scores: Scores above which it is too slow to be timed.
+        whole: Whether it holds matrices of scores. It then gets some heads after the others,
+            which costs it nothing and bounds the memory.
+        most_scores: Scores above which it is not timed, because it is slow.
         package: The other package that it comes from. Those select among scores rounded to the
             dtype of the inputs, so they are checked in float32.
     """
@@ -40,7 +36,7 @@ class Competitor:
     attend: Callable[[Case], Attention]
     expected: Literal["dense", "reference"] | None = "reference"
     precision: Precision = "highest"
-    matrices: tuple[int, int] = (0, 0)
+    whole: bool = False
     most_scores: float = math.inf
     package: str | None = None
 
@@ -48,15 +44,6 @@ class Competitor:
     def missing(self) -> bool:
         """Whether its package is not installed."""
         return self.package is not None and importlib.util.find_spec(self.package) is None
-
-    def too_large(self, case: Case) -> str:
-        """Why this competitor is not timed in this case; empty where it is."""
-        held = self.matrices[case.mode != "forward"] * case.scores * 4
-        if held > MOST_BYTES:
-            return f"would hold {held / 2**30:.0f} GiB, more than {MOST_BYTES >> 30}"
-        if case.scores > self.most_scores:
-            return f"slow: not timed above {self.most_scores:.0f} scores"
-        return ""
 
 
 def sdpa(case: Case) -> Attention:
@@ -67,19 +54,7 @@ def sdpa(case: Case) -> Attention:
 def dense(case: Case) -> Attention:
     """Product, softmax, product, in the dtype of the inputs."""
     scores = score(case)
-    heads = max(MOST_SCORES * case.batch * case.heads // case.scores, 1)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if case.scores <= MOST_SCORES:
-            return scores(q, k).softmax(dim=-1) @ v
-        parts = zip(*(torch.split(x.flatten(0, 1), heads) for x in (q, k, v)), strict=True)
-        output = torch.empty_like(q)  # outputs between the matrices would fragment the memory
-        for number, (q_part, k_part, v_part) in enumerate(parts):
-            rows = slice(number * heads, (number + 1) * heads)
-            output.view(-1, *q.shape[2:])[rows] = scores(q_part, k_part).softmax(dim=-1) @ v_part
-        return output
-
-    return attend
+    return lambda q, k, v: scores(q, k).softmax(dim=-1) @ v
 
 
 def score(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
@@ -123,29 +98,21 @@ def entmax(name: str) -> Callable[[Case], Attention]:
 
 ALL = {
     "sdpa": Competitor(attend=sdpa, expected="dense"),
-    "dense": Competitor(attend=dense, expected="dense", matrices=(0, 2)),
-    "reference": Competitor(attend=top_k("reference"), matrices=(6, 9), most_scores=2**25),
-    "eager": Competitor(attend=top_k("eager"), matrices=(3, 4)),
+    "dense": Competitor(attend=dense, expected="dense", whole=True),
+    "reference": Competitor(attend=top_k("reference"), whole=True, most_scores=2**25),
+    "eager": Competitor(attend=top_k("eager"), whole=True, most_scores=2**29),
     "blocked": Competitor(attend=top_k("blocked")),
     "native": Competitor(attend=top_k("native")),
     "triton": Competitor(attend=top_k("triton")),
     "auto": Competitor(attend=top_k("auto")),
     "x-transformers": Competitor(
-        attend=x_transformers, matrices=(6, 8), most_scores=2**29, package="x_transformers"
+        attend=x_transformers, whole=True, most_scores=2**29, package="x_transformers"
     ),
     "sparsemax": Competitor(
-        attend=entmax("sparsemax"),
-        expected=None,
-        matrices=(8, 10),
-        most_scores=2**25,
-        package="entmax",
+        attend=entmax("sparsemax"), expected=None, whole=True, most_scores=2**25, package="entmax"
     ),
     "entmax15": Competitor(
-        attend=entmax("entmax15"),
-        expected=None,
-        matrices=(8, 10),
-        most_scores=2**25,
-        package="entmax",
+        attend=entmax("entmax15"), expected=None, whole=True, most_scores=2**25, package="entmax"
     ),
 }
 DENSE = ("sdpa", "dense", "sdpa medium", "dense medium")

@@ -14,8 +14,9 @@ from torch import Tensor
 TOLERANCES = {"float32": (1e-5, 5e-5), "bfloat16": (2e-2, 2e-2)}
 # Scores this close to the threshold may fall on either side of it.
 GAP = 1e-4
-# Scores of the heads that are compared, since the references hold whole matrices.
-COMPARED = 2**26
+# Scores of the heads that a competitor gets at a time if it holds matrices of them. So many are
+# compared, since the references do.
+PART = 2**26
 
 
 class Operation:
@@ -36,61 +37,72 @@ class Operation:
             shape = (case.batch, case.heads, length, case.width)
             self.inputs.append(torch.randn(shape, generator=random).to(device, dtype))
         self.upstream = self.inputs.pop()
-        heads = max(COMPARED // (case.queries * case.source), 1)
-        self.compared = (slice(0, 1), slice(0, heads))  # of the first sentence
+        self.heads = max(PART // (case.queries * case.source), 1)
         # Rows without a clear selection are not compared, nor do they send gradients to the keys.
-        self.clear = clear_rows(case, *(x[self.compared] for x in self.inputs[:2]))
-        self.upstream[self.compared] *= self.clear
+        self.clear = clear_rows(case, *(self.first(x) for x in self.inputs[:2]))
+        self.first(self.upstream).mul_(self.clear)
         self._expected = functools.cache(self._compute_expected)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """The heads of the first sentence that are compared ``(h, T, ...)``."""
+        return tensor[0, : self.heads]
+
+    def parts(self, competitor: Competitor) -> list[list[Tensor]]:
+        """What a competitor gets at a time: query, key, value, and the gradient of the output."""
+        tensors = [*self.inputs, self.upstream]
+        if not competitor.whole or self.heads >= self.case.batch * self.case.heads:
+            return [tensors]
+        split = [torch.split(x.flatten(0, 1).unsqueeze(0), self.heads, dim=1) for x in tensors]
+        return [list(part) for part in zip(*split, strict=True)]
 
     def run(self, competitor: Competitor) -> Callable[[], object]:
         """What is timed."""
         attend = competitor.attend(self.case)
-        inputs = [x.detach().requires_grad_(self.training) for x in self.inputs]
+        parts = self.parts(competitor)
 
-        def run() -> list[Tensor]:
+        def run() -> None:
             with timing.matmul_precision(competitor.precision):
-                return results(attend, inputs, self.upstream)
+                for part in parts:
+                    results(attend, part, self.training)
 
         return run
 
     def saved_mib(self, competitor: Competitor) -> float | None:
         """MiB held for the backward, inputs included."""
-        attend = competitor.attend(self.case)
-        inputs = [x.detach().requires_grad_() for x in self.inputs]
         if not self.training:
             return None
-        return round(timing.saved_bytes(lambda: attend(*inputs)) / 2**20, 1)
+        attend = competitor.attend(self.case)
+        total = 0
+        for part in self.parts(competitor):
+            inputs = [x.clone().requires_grad_() for x in part[:3]]
+            total += timing.saved_bytes(lambda: attend(*inputs))  # noqa: B023
+        return round(total / 2**20, 1)
 
     def deviation(self, competitor: Competitor) -> float:
         """Largest deviation from the reference, as a share of what is allowed."""
         if competitor.expected is None:
             return 0.0
         dtype = torch.float32 if competitor.package else self.upstream.dtype
-        inputs = [x.detach().to(dtype).requires_grad_(self.training) for x in self.inputs]
-        attend = competitor.attend(self.case)
+        part = [x.to(dtype) for x in self.parts(competitor)[0]]
         with timing.matmul_precision(competitor.precision):
-            found = results(attend, inputs, self.upstream.to(dtype))
-        found = [x[self.compared].float() for x in found]
-        found[0] *= self.clear
+            found = results(competitor.attend(self.case), part, self.training)
         tolerance = TOLERANCES[str(dtype).removeprefix("torch.")]
         errors = []
         for number, (own, true) in enumerate(
-            zip(found, self._expected(competitor.expected, dtype), strict=True)
+            zip(self.comparable(found), self._expected(competitor.expected, dtype), strict=True)
         ):
             error = (own - true).abs().max() / true.abs().max()
             errors.append(error / tolerance[number > 0])
         return float(torch.stack(errors).max())  # NaN if there is one
 
+    def comparable(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Output and gradients as far as they are compared."""
+        output, *gradients = (self.first(x).float() for x in tensors)
+        return [output * self.clear, *gradients]
+
     def _compute_expected(self, name: str, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [
-            x[self.compared].detach().to(dtype).requires_grad_(self.training) for x in self.inputs
-        ]
-        reference = ALL[name].attend(self.case)
-        expected = [
-            x.float() for x in results(reference, inputs, self.upstream[self.compared].to(dtype))
-        ]
-        return [expected[0] * self.clear, *expected[1:]]
+        part = [self.first(x).unsqueeze(0).to(dtype) for x in (*self.inputs, self.upstream)]
+        return self.comparable(results(ALL[name].attend(self.case), part, self.training))
 
     def floor(self, flops: float, bandwidth: float) -> float:
         """Seconds that top-k attention takes at least.
@@ -117,19 +129,24 @@ class Operation:
         return max(operations / flops, moved / bandwidth)
 
 
-def results(attend: Attention, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """The output, and the gradients where the inputs want them."""
+def results(attend: Attention, part: list[Tensor], training: bool) -> list[Tensor]:
+    """The output, and in training the gradients for the upstream gradient at the end."""
+    *inputs, upstream = part
+    inputs = [x.detach().requires_grad_(training) for x in inputs]
     output = attend(*inputs)
-    if not output.requires_grad:
+    if not training:
         return [output]
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 
 def clear_rows(case: Case, query: Tensor, key: Tensor) -> Tensor:
-    """Say in which rows ``(B, H, T, 1)`` rounding cannot change the selection."""
+    """Say in which rows ``(..., T, 1)`` rounding cannot change the selection."""
     scores = (query.float() * case.width**-0.5) @ key.float().mT
     if case.causal:
-        scores.masked_fill_(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+        scores.masked_fill_(
+            torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1),
+            -torch.inf,
+        )
     largest = scores.topk(min(case.top_k + 1, case.source), dim=-1).values
     if case.top_k >= case.source:
         return torch.ones_like(query[..., :1], dtype=torch.bool)
