@@ -14,7 +14,7 @@ from torch import Tensor
 
 def forward(
     x: Tensor, residual: Tensor | None, width: int, C: float, k: float, eps: float, official: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Normalise rows of ``x + residual``.
 
     Args:
@@ -27,30 +27,28 @@ def forward(
         official: Whether the convention is the official one.
 
     Returns:
-        Output and sum as ``x`` (no sum without a residual: an empty tensor), mean and standard
-        deviation of the rows ``(R,)``.
+        Output and sum as ``x`` (None without a residual); mean and standard deviation of the rows
+        ``(2, R)``.
     """
     total = x if residual is None else x + residual
     rows = computed(total).reshape(-1, width)
+    wide = rows.dtype if rows.device.type == "mps" else torch.float64  # sums may overflow
     # Differences to the first entry: equal entries then deviate by exactly nothing.
-    mean = rows[:, 0] + (rows - rows[:, :1]).mean(dim=1)
+    mean = rows[:, 0] + (rows - rows[:, :1]).mean(dim=1, dtype=wide).to(rows.dtype)
     deviations = rows - mean[:, None]
-    wide = rows.dtype if rows.device.type == "mps" else torch.float64  # squares may overflow
     sigma = torch.linalg.vector_norm(deviations, dim=1, dtype=wide) / (width - official) ** 0.5
     sigma = sigma.to(rows.dtype)
     y = deviations / spread(sigma, eps, official)[:, None]
     output = (y * (C - C * k * y)).to(x.dtype).view(x.shape)
-    if residual is None:
-        return output, x.new_empty(0), mean, sigma
-    return output, total.contiguous(), mean, sigma
+    statistics = torch.stack([mean, sigma])
+    return output, None if residual is None else total.contiguous(), statistics
 
 
 def backward(
     grad: Tensor,
     grad_total: Tensor | None,
     x: Tensor,
-    mean: Tensor,
-    sigma: Tensor,
+    statistics: Tensor,
     *,
     C: float,
     k: float,
@@ -65,8 +63,7 @@ def backward(
         grad: Gradient of the output, as ``x``.
         grad_total: Gradient of the sum, or None.
         x: What was normalised: the input, or its sum with the residual.
-        mean: ``(R,)``.
-        sigma: ``(R,)``.
+        statistics: Mean and standard deviation of the rows ``(2, R)``.
         C: Mean of the scaling.
         k: Slope of the scaling.
         eps: Keeps the division finite.
@@ -77,13 +74,13 @@ def backward(
     Returns:
         As ``x``.
     """
+    mean, sigma = statistics[..., None]
     width = x.numel() // max(len(mean), 1)
     rows = computed(x).reshape(len(mean), width)
-    mean, sigma = mean[:, None], sigma[:, None]
     s = spread(sigma, eps, official)
     y = (rows - mean) / s
     h = computed(grad).reshape(rows.shape) * (C - C * k * y)
-    dx = h
+    dx: Tensor = h
     if not detach_mean:
         dx = dx - h.mean(dim=1, keepdim=True)
     if not detach_std:
@@ -94,7 +91,9 @@ def backward(
             shrink = products / width
         dx = dx - y * shrink
     dx = (dx / s).view(x.shape)
-    return (dx if grad_total is None else dx + grad_total).to(x.dtype)
+    if grad_total is not None:
+        dx = dx + grad_total
+    return dx.to(x.dtype)
 
 
 def spread(sigma: Tensor, eps: float, official: bool) -> Tensor:

@@ -5,10 +5,9 @@ is a module with ``forward`` and ``backward``: ``closed_form`` in PyTorch, ``nat
 ``triton``. ``torch.compile`` sees two opaque operators.
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,99 +16,73 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import closed_form, native, reference
 
 
-def forward(
-    x: Tensor,
-    residual: Tensor | None,
-    width: int,
-    C: float,
-    k: float,
-    eps: float,
-    official: bool,
-    detach_mean: bool,
-    detach_std: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalise ``x``, or its sum with a residual, and scale it by the constant ``C (1 - k y)``.
+class Options(NamedTuple):
+    """What a norm is, besides its input."""
 
-    Args:
-        x: ``(..., H)`` or more dimensions that hold rows of ``width`` numbers.
-        residual: As ``x``, or None.
-        width: ``H``.
-        C: Mean of the scaling.
-        k: Slope of the scaling.
-        eps: Keeps the division finite.
-        official: Whether the convention is the official one.
-        detach_mean: Whether the mean is a constant of the backward pass.
-        detach_std: Whether the deviation is a constant of the backward pass.
-        impl: Name of the implementation.
+    width: int
+    """Numbers of a row, ``H``."""
 
-    Returns:
-        Output and sum as ``x`` (no sum without a residual: an empty tensor), mean and standard
-        deviation of the rows ``(R,)``.
+    C: float
+    """Mean of the scaling."""
+
+    k: float
+    """Slope of the scaling."""
+
+    eps: float
+    """Keeps the division finite."""
+
+    official: bool
+    """Whether the convention is the official one."""
+
+    detach_mean: bool
+    """Whether the mean is a constant of the backward pass."""
+
+    detach_std: bool
+    """Whether the deviation is a constant of the backward pass."""
+
+    impl: str
+    """Name of the implementation."""
+
+
+def apply(x: Tensor, residual: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
+    """Output and, with a residual, sum of ``norm``, by the shortest way.
+
+    The operator is for graphs. In plain eager code its dispatch costs as much as the norm of a few
+    hundred rows.
     """
-    chosen = _choose(impl, x, width)
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = chosen.forward(
+    if torch.compiler.is_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode():
+        output, total, _ = norm(x, residual, *options)
+        return output, total
+    if torch.is_grad_enabled():
+        results: tuple[Tensor, Tensor | None] = _Direct.apply(x, residual, options)  # type: ignore[no-untyped-call]
+        return results
+    return _forward(x, residual, options)[:2]
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, which takes no operator like ours."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    width, C, k, eps, official, _, _, impl = options
+    results: tuple[Tensor, Tensor | None, Tensor] = _choose(impl, x, width).forward(
         x, residual, width, C, k, eps, official
     )
     return results
 
 
-norm = torch.library.custom_op("separata::ada_norm", forward, mutates_args=())
-
-
-def apply(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Output and sum of ``norm``, by the shortest way; the gradient is the same.
-
-    The operator is for graphs. In plain eager code its dispatch costs as much as the norm of a few
-    hundred rows.
-    """
-    run: Callable[..., Any] = forward
-    if torch.compiler.is_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode():
-        run = norm
-    elif torch.is_grad_enabled():
-        run = _Direct.apply
-    output, total, _, _ = run(x, *arguments)
-    return output, total
-
-
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` is at work, which takes no operator like ours."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-@norm.register_fake
-def _(
-    x: Tensor, residual: Tensor | None, width: int, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = x.new_empty(0) if residual is None else torch.empty_like(output)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, sigma = (x.new_empty(x.numel() // width, dtype=dtype) for _ in range(2))
-    return output, total, mean, sigma
-
-
-def backward(
-    grad: Tensor,
-    grad_total: Tensor | None,
-    x: Tensor,
-    mean: Tensor,
-    sigma: Tensor,
-    C: float,
-    k: float,
-    eps: float,
-    official: bool,
-    detach_mean: bool,
-    detach_std: bool,
-    impl: str,
+def _backward(
+    grad: Tensor, grad_total: Tensor | None, x: Tensor, statistics: Tensor, options: Options
 ) -> Tensor:
-    """Gradient of what ``norm`` normalised; arguments as there and in ``closed_form.backward``."""
-    width = x.numel() // max(len(mean), 1)
+    width, C, k, eps, official, detach_mean, detach_std, impl = options
     gradient: Tensor = _choose(impl, x, width).backward(
         grad,
         grad_total,
         x,
-        mean,
-        sigma,
+        statistics,
         C=C,
         k=k,
         eps=eps,
@@ -118,14 +91,6 @@ def backward(
         detach_std=detach_std,
     )
     return gradient
-
-
-norm_backward = torch.library.custom_op("separata::ada_norm_backward", backward, mutates_args=())
-
-
-@norm_backward.register_fake
-def _(grad: Tensor, grad_total: Tensor | None, x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _choose(impl: str, x: Tensor, width: int) -> ModuleType:
@@ -150,62 +115,130 @@ def _choose(impl: str, x: Tensor, width: int) -> ModuleType:
     raise ValueError(f"impl {impl!r} cannot serve this call: {reason}")
 
 
+class _Direct(torch.autograd.Function):
+    """``norm`` without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor | None]:
+        """Normalise; torch is slower where the context is set up in a second function."""
+        output, total, statistics = _forward(x, residual, options)
+        ctx.set_materialize_grads(False)
+        ctx.residual = residual is not None
+        ctx.options = options
+        ctx.save_for_backward(x if total is None else total, statistics)
+        return output, total
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_total: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Differentiate; by the operator where this shall be differentiated again."""
+        grad_x = grad_total
+        if grad is not None:
+            if torch.is_grad_enabled():
+                grad_x = norm_backward(grad, grad_total, *ctx.saved_tensors, *ctx.options)
+            else:
+                x, statistics = ctx.saved_tensors
+                grad_x = _backward(grad, grad_total, x, statistics, ctx.options)
+        return grad_x, grad_x if ctx.residual else None, None
+
+
+@torch.library.custom_op("separata::ada_norm", mutates_args=())
+def norm(
+    x: Tensor,
+    residual: Tensor | None,
+    width: int,
+    C: float,
+    k: float,
+    eps: float,
+    official: bool,
+    detach_mean: bool,
+    detach_std: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise ``x``, or its sum with a residual, and scale it by the constant ``C (1 - k y)``.
+
+    ``x`` is ``(..., H)``, or more dimensions that hold rows of ``width`` numbers; the other
+    arguments are those of ``Options``.
+
+    Returns:
+        Output and sum as ``x`` (no sum without a residual: an empty tensor); mean and standard
+        deviation of the rows ``(2, R)``.
+    """
+    options = Options(width, C, k, eps, official, detach_mean, detach_std, impl)
+    output, total, statistics = _forward(x, residual, options)
+    return output, x.new_empty(0) if total is None else total, statistics
+
+
+@norm.register_fake
+def _(x: Tensor, residual: Tensor | None, width: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = x.new_empty(0) if residual is None else torch.empty_like(output)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return output, total, x.new_empty(2, x.numel() // width, dtype=dtype)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, _, *ctx.options = inputs
-    _, total, mean, sigma = output
+    x, residual, *ctx.options = inputs
+    _, total, statistics = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, sigma)
+    ctx.mark_non_differentiable(statistics)
     ctx.residual = residual is not None
-    ctx.save_for_backward(total if ctx.residual else x, mean, sigma)
+    ctx.save_for_backward(total if ctx.residual else x, statistics)
 
 
 def _differentiate(
-    ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: Tensor | None
+    ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     grad_x = grad_total if ctx.residual else None
     if grad is not None:
         grad_x = norm_backward(grad, grad_x, *ctx.saved_tensors, *ctx.options)
-    return (grad_x, grad_x if ctx.residual else None, *[None] * 8)
+    return (grad_x, grad_x if ctx.residual else None, *[None] * len(Options._fields))
 
 
 norm.register_autograd(_differentiate, setup_context=_keep)
 
 
-class _Direct(torch.autograd.Function):
-    """``norm`` without the dispatcher."""
+@torch.library.custom_op("separata::ada_norm_backward", mutates_args=())
+def norm_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    statistics: Tensor,
+    width: int,
+    C: float,
+    k: float,
+    eps: float,
+    official: bool,
+    detach_mean: bool,
+    detach_std: bool,
+    impl: str,
+) -> Tensor:
+    """Gradient of what ``norm`` normalised; arguments as there and in ``closed_form.backward``."""
+    options = Options(width, C, k, eps, official, detach_mean, detach_std, impl)
+    return _backward(grad, grad_total, x, statistics, options)
 
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        """As the operator; torch is slower where the context is set up in a second function."""
-        results = forward(*arguments)
-        _keep(ctx, arguments, results)
-        return results
 
-    @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """As ``_differentiate``, which is differentiable itself."""
-        if grad is None or torch.is_grad_enabled():
-            return _differentiate(ctx, grad, grad_total)
-        grad_total = grad_total if ctx.residual else None
-        grad_x = backward(grad, grad_total, *ctx.saved_tensors, *ctx.options)
-        return (grad_x, grad_x if ctx.residual else None, *[None] * 8)
+@norm_backward.register_fake
+def _(grad: Tensor, grad_total: Tensor | None, x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _keep_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, _, x, mean, _, *ctx.options, _ = inputs
-    ctx.rows = len(mean)
+    grad, _, x, _, *ctx.options = inputs
     ctx.save_for_backward(grad, x)
 
 
 def _differentiate_twice(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of the gradient: what is detached stays a constant."""
+    options = Options(*ctx.options)._asdict()
+    del options["impl"]
     grad, x = ctx.saved_tensors
-    names = ("C", "k", "eps", "official", "detach_mean", "detach_std")
-    options = dict(zip(names, ctx.options, strict=True))
-    width = x.numel() // max(ctx.rows, 1)
-    grad, x = reference.differentiate_twice(grad, x, grad_grad, width, **options)
-    return (grad, grad_grad if ctx.needs_input_grad[1] else None, x, *[None] * 9)
+    grad, x = reference.differentiate_twice(grad, x, grad_grad, **options)
+    grad_total = grad_grad if ctx.needs_input_grad[1] else None
+    return (grad, grad_total, x, None, *[None] * len(Options._fields))
 
 
 norm_backward.register_autograd(_differentiate_twice, setup_context=_keep_twice)

@@ -23,7 +23,7 @@ struct Bf16 {
   uint16_t bits;
 };
 
-// Mirrored by class Problem in native.py. Rows (R, H) are contiguous.
+// Rows (R, H) are contiguous.
 struct Problem {
   int64_t rows, width;
   int64_t official, detach_mean, detach_std;
@@ -91,8 +91,6 @@ inline float spread(const Problem& p, float sigma) {
 
 namespace {
 
-const char* const NAMES[] = {"plain", "avx2", "avx512"};
-
 const Level& level_of(const Problem& p) {
 #if X86
   if (p.level == 1) return avx2::LEVEL;
@@ -106,7 +104,8 @@ void for_rows(const Problem& p, Rows run) {
   const int64_t threads = p.threads < p.rows ? p.threads : p.rows;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < threads; ++i) {
-    run(p, p.rows * i / threads, p.rows * (i + 1) / threads, p.scratch + i * p.width);
+    float* const scratch = p.scratch ? p.scratch + i * p.width : nullptr;
+    run(p, p.rows * i / threads, p.rows * (i + 1) / threads, scratch);
 #if X86
     _mm_sfence();  // what was streamed must be seen by other threads
 #endif
@@ -117,7 +116,7 @@ void for_rows(const Problem& p, Rows run) {
 
 extern "C" {
 
-// The best set of instructions of this machine: a number for Problem.level.
+// The best set of instructions of this machine: 0 is plain, 1 AVX2 and 2 AVX-512.
 int64_t norm_best_level() {
 #if X86
   __builtin_cpu_init();
@@ -130,14 +129,32 @@ int64_t norm_best_level() {
   return 0;
 }
 
-const char* norm_level_name(int64_t level) { return NAMES[level]; }
-
-void norm_forward(const Problem* p) {
-  for_rows(*p, level_of(*p).forward[p->is_bf16][p->residual != nullptr][p->stream]);
+// Writes the norm and, with a residual, the sum; mean and deviation of each row into statistics
+// (2, R). Scratch (threads, H) is needed for a residual and for bfloat16.
+void norm_forward(const void* x, const void* residual, void* output, void* total,
+                  float* statistics, float* scratch, int64_t rows, int64_t width, double C,
+                  double k, double eps, int64_t official, int64_t is_bf16, int64_t stream,
+                  int64_t threads, int64_t level) {
+  Problem p = {};
+  p.rows = rows, p.width = width, p.C = C, p.k = k, p.eps = eps, p.official = official;
+  p.is_bf16 = is_bf16, p.stream = stream, p.threads = threads, p.level = level;
+  p.x = x, p.residual = residual, p.output = output, p.total = total, p.scratch = scratch;
+  p.mean = statistics, p.sigma = statistics + rows;
+  for_rows(p, level_of(p).forward[is_bf16][residual != nullptr][stream]);
 }
 
-void norm_backward(const Problem* p) {
-  for_rows(*p, level_of(*p).backward[p->is_bf16][p->grad_total != nullptr][p->stream]);
+// Writes the gradient of x; grad_total, of the sum, is null without a residual.
+void norm_backward(const void* grad, const void* grad_total, const void* x, float* statistics,
+                   void* output, int64_t rows, int64_t width, double C, double k, double eps,
+                   int64_t official, int64_t detach_mean, int64_t detach_std, int64_t is_bf16,
+                   int64_t stream, int64_t threads, int64_t level) {
+  Problem p = {};
+  p.rows = rows, p.width = width, p.C = C, p.k = k, p.eps = eps, p.official = official;
+  p.detach_mean = detach_mean, p.detach_std = detach_std;
+  p.is_bf16 = is_bf16, p.stream = stream, p.threads = threads, p.level = level;
+  p.grad = grad, p.grad_total = grad_total, p.x = x, p.output = output;
+  p.mean = statistics, p.sigma = statistics + rows;
+  for_rows(p, level_of(p).backward[is_bf16][grad_total != nullptr][stream]);
 }
 
 }  // extern "C"

@@ -18,19 +18,6 @@ STREAM_BYTES = 2**24
 THREAD_NUMBERS = 2**15
 
 
-class Problem(ctypes.Structure):
-    """The arguments of the kernels; mirrors ``Problem`` of ``native.cpp``."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "width")),
-        *((name, ctypes.c_int64) for name in ("official", "detach_mean", "detach_std")),
-        *((name, ctypes.c_int64) for name in ("is_bf16", "stream", "threads", "level")),
-        *((name, ctypes.c_double) for name in ("C", "k", "eps")),
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "grad", "grad_total")),
-        *((name, ctypes.c_void_p) for name in ("output", "total", "mean", "sigma", "scratch")),
-    )
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
     """The kernels.
@@ -40,12 +27,18 @@ def library() -> ctypes.CDLL:
     """
     kernels = native.load(SOURCE)
     kernels.norm_best_level.restype = ctypes.c_int64
-    kernels.norm_level_name.restype = ctypes.c_char_p
-    kernels.norm_level_name.argtypes = [ctypes.c_int64]
-    for function in (kernels.norm_forward, kernels.norm_backward):
-        function.argtypes = [ctypes.POINTER(Problem)]
-        function.restype = None
+    pointers, integers, numbers = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    shared = [integers] * 2 + [numbers] * 3 + [integers]  # rows, H, C, k, eps, official
+    kernels.norm_forward.argtypes = [pointers] * 6 + shared + [integers] * 4
+    kernels.norm_backward.argtypes = [pointers] * 5 + shared + [integers] * 6
+    kernels.norm_forward.restype = kernels.norm_backward.restype = None
     return kernels
+
+
+@functools.cache
+def best_level() -> int:
+    """The best instructions of this machine: 0 is plain, 1 AVX2 and 2 AVX-512."""
+    return int(library().norm_best_level())
 
 
 @functools.cache
@@ -70,31 +63,33 @@ def supports(x: Tensor) -> str | None:
 
 def forward(
     x: Tensor, residual: Tensor | None, width: int, C: float, k: float, eps: float, official: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Normalise rows; arguments and results as in ``closed_form.forward``."""
-    problem = _problem(x, width, C=C, k=k, eps=eps, official=official)
     x = x.contiguous()
+    is_bf16, stream, threads, level = _way(x, width)
+    rows = x.numel() // width
     output = torch.empty_like(x)
-    mean, sigma = torch.empty(problem.rows), torch.empty(problem.rows)
-    total = x.new_empty(0)
-    scratch = None
+    statistics = torch.empty(2, rows)
+    total = scratch = None
     if residual is not None:
         residual = residual.contiguous()
         total = torch.empty_like(x)
-    if residual is not None or x.dtype == torch.bfloat16:
-        scratch = torch.empty(problem.threads, width)
-    _point(problem, x=x, residual=residual, output=output, mean=mean, sigma=sigma, scratch=scratch)
-    problem.total = total.data_ptr()
-    library().norm_forward(problem)
-    return output, total, mean, sigma
+    if residual is not None or is_bf16:
+        scratch = torch.empty(threads, width)
+    library().norm_forward(
+        *(x.data_ptr(), _address(residual), output.data_ptr(), _address(total)),
+        *(statistics.data_ptr(), _address(scratch)),
+        *(rows, width, C, k, eps, official),
+        *(is_bf16, stream, threads, level),
+    )
+    return output, total, statistics
 
 
 def backward(
     grad: Tensor,
     grad_total: Tensor | None,
     x: Tensor,
-    mean: Tensor,
-    sigma: Tensor,
+    statistics: Tensor,
     *,
     C: float,
     k: float,
@@ -104,37 +99,28 @@ def backward(
     detach_std: bool,
 ) -> Tensor:
     """Gradient of the input; arguments as in ``closed_form.backward``."""
-    width = x.numel() // max(len(mean), 1)
-    problem = _problem(x, width, C=C, k=k, eps=eps, official=official)
-    problem.detach_mean, problem.detach_std = detach_mean, detach_std
     x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
     grad_total = None if grad_total is None else grad_total.to(x.dtype).contiguous()
+    rows = statistics.shape[1]
+    width = x.numel() // rows
     output = torch.empty_like(x)
-    _point(problem, x=x, grad=grad, grad_total=grad_total, output=output, mean=mean, sigma=sigma)
-    library().norm_backward(problem)
+    library().norm_backward(
+        *(grad.data_ptr(), _address(grad_total), x.data_ptr()),
+        *(statistics.data_ptr(), output.data_ptr()),
+        *(rows, width, C, k, eps, official, detach_mean, detach_std),
+        *_way(x, width),
+    )
     return output
 
 
-def _problem(x: Tensor, width: int, *, C: float, k: float, eps: float, official: bool) -> Problem:
-    """What forward and backward have in common."""
+def _way(x: Tensor, width: int) -> tuple[bool, bool, int, int]:
+    """Whether numbers are bfloat16 and pass the caches; threads and the level of instructions."""
     size = x.numel()
-    stream = x.dtype == torch.float32 and width % 16 == 0 and 4 * size >= STREAM_BYTES
-    return Problem(
-        rows=size // width if width else 0,
-        width=width,
-        official=official,
-        is_bf16=x.dtype == torch.bfloat16,
-        stream=stream,
-        threads=max(min(torch.get_num_threads(), size // THREAD_NUMBERS), 1),
-        level=library().norm_best_level() if LEVEL is None else LEVEL,
-        C=C,
-        k=k,
-        eps=eps,
-    )
+    is_bf16 = x.dtype == torch.bfloat16
+    stream = not is_bf16 and 4 * size >= STREAM_BYTES and width % 16 == 0
+    threads = max(min(torch.get_num_threads(), size // THREAD_NUMBERS), 1)
+    return is_bf16, stream, threads, best_level() if LEVEL is None else LEVEL
 
 
-def _point(problem: Problem, **tensors: Tensor | None) -> None:
-    """Set the address of each tensor; the caller keeps the tensors alive."""
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            setattr(problem, name, tensor.data_ptr())
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

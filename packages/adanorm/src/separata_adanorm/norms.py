@@ -35,6 +35,7 @@ Convention = Literal["official", "torch"]
 Impl = Literal["auto", "reference", "eager", "native", "triton"]
 """``auto`` is ``native`` on a CPU, ``triton`` on a GPU, ``eager`` where these cannot run; within
 ``torch.func`` it is ``reference``, the only one that can be transformed."""
+_IMPLS = get_args(Impl)
 
 
 def ada_norm(
@@ -150,6 +151,7 @@ def add_ada_norm(
         The sum and the norm of it, each as ``x``.
     """
     normed, total = _norm(x, residual, normalized_shape, C, k, eps, convention, impl)
+    assert total is not None
     return total, normed
 
 
@@ -164,6 +166,7 @@ def add_layer_norm_simple(
 ) -> tuple[Tensor, Tensor]:
     """``x + residual`` and its LayerNorm-simple; arguments and results as in ``add_ada_norm``."""
     normed, total = _norm(x, residual, normalized_shape, 1.0, 0.0, eps, convention, impl)
+    assert total is not None
     return total, normed
 
 
@@ -214,32 +217,24 @@ def _norm(
     convention: Convention,
     impl: Impl,
     detach: tuple[bool, bool] = (False, False),
-) -> tuple[Tensor, Tensor]:
-    """Norm and sum; ``detach`` says whether mean and deviation are constants."""
+) -> tuple[Tensor, Tensor | None]:
+    """Norm and, with a residual, sum; ``detach`` says whether mean and deviation are constants."""
     width = math.prod(check_input(x, shape, convention))
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ValueError(
             f"residual must have the shape and precision of x, {tuple(x.shape)} and {x.dtype}, "
             f"not {tuple(residual.shape)} and {residual.dtype}"
         )
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, not {impl!r}")
+    if impl not in _IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(_IMPLS)}, not {impl!r}")
     official = convention == "official"
     if impl == "reference" or (impl == "auto" and fused.is_transformed()):
         total = x if residual is None else x + residual
-        output = spelled_out.norm(
-            total,
-            width,
-            C=C,
-            k=k,
-            eps=eps,
-            official=official,
-            detach_mean=detach[0],
-            detach_std=detach[1],
-        )
-        return output, total
-    options = (width, float(C), float(k), float(eps), official, *detach, impl)
-    return fused.apply(x, residual, *options)
+        constants = fused.Options(width, C, k, eps, official, *detach, impl)._asdict()
+        del constants["impl"]
+        return spelled_out.norm(total, **constants), total
+    options = fused.Options(width, float(C), float(k), float(eps), official, *detach, impl)
+    return fused.apply(x, residual, options)
 
 
 class LayerNormSimple(nn.Module):
@@ -268,13 +263,8 @@ class LayerNormSimple(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x (..., H)``."""
-        return layer_norm_simple(
-            x,
-            self.eps,
-            self.convention,
-            normalized_shape=self.normalized_shape,
-            impl=self.impl,
-        )
+        constants = (1.0, 0.0, self.eps, self.convention, self.impl)
+        return _norm(x, None, self.normalized_shape, *constants)[0]
 
     def extra_repr(self) -> str:
         """Show the sizes when the model is printed."""
@@ -313,15 +303,9 @@ class DetachNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x (..., H)``."""
-        return detach_norm(
-            x,
-            self.eps,
-            self.convention,
-            detach_mean=self.detach_mean,
-            detach_std=self.detach_std,
-            normalized_shape=self.normalized_shape,
-            impl=self.impl,
-        )
+        constants = (1.0, 0.0, self.eps, self.convention, self.impl)
+        detach = (self.detach_mean, self.detach_std)
+        return _norm(x, None, self.normalized_shape, *constants, detach)[0]
 
     def extra_repr(self) -> str:
         """Show what is detached when the model is printed."""
@@ -361,15 +345,8 @@ class AdaNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x (..., H)``."""
-        return ada_norm(
-            x,
-            self.C,
-            self.k,
-            self.eps,
-            self.convention,
-            normalized_shape=self.normalized_shape,
-            impl=self.impl,
-        )
+        constants = (self.C, self.k, self.eps, self.convention, self.impl)
+        return _norm(x, None, self.normalized_shape, *constants)[0]
 
     def extra_repr(self) -> str:
         """Show the constants when the model is printed."""

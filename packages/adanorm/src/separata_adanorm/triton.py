@@ -34,24 +34,23 @@ def supports(x: Tensor, width: int) -> str | None:
 
 def forward(
     x: Tensor, residual: Tensor | None, width: int, C: float, k: float, eps: float, official: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Normalise rows; arguments and results as in ``closed_form.forward``."""
     from .triton_kernels import forward_kernel
 
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     output = torch.empty_like(x)
-    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    total = None if residual is None else torch.empty_like(x)
     rows = x.numel() // width
-    mean, sigma = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    statistics = x.new_empty(2, rows, dtype=torch.float32)
     with torch.accelerator.device_index(x.get_device() if x.is_cuda else None):
         forward_kernel[(rows,)](
             x,
             x if residual is None else residual,
             output,
-            total,
-            mean,
-            sigma,
+            output if total is None else total,
+            *statistics.unbind(),
             width,
             C,
             k,
@@ -60,15 +59,14 @@ def forward(
             RESIDUAL=residual is not None,
             **_sizes(width),
         )
-    return output, total, mean, sigma
+    return output, total, statistics
 
 
 def backward(
     grad: Tensor,
     grad_total: Tensor | None,
     x: Tensor,
-    mean: Tensor,
-    sigma: Tensor,
+    statistics: Tensor,
     *,
     C: float,
     k: float,
@@ -82,15 +80,14 @@ def backward(
 
     x, grad = x.contiguous(), grad.contiguous()
     output = torch.empty_like(x)
-    rows = len(mean)
+    rows = statistics.shape[1]
     width = x.numel() // rows
     with torch.accelerator.device_index(x.get_device() if x.is_cuda else None):
         backward_kernel[(rows,)](
             grad,
             x if grad_total is None else grad_total.contiguous(),
             x,
-            mean,
-            sigma,
+            *statistics.unbind(),
             output,
             width,
             C,
