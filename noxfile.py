@@ -185,8 +185,11 @@ def build(session: nox.Session) -> None:
     wheels = [str(wheel) for wheel in sorted(Path("dist").glob("*.whl"))]
     pip = [python, "-m", "pip", "install", "-q", "--no-compile", "-c", "constraints.txt"]
     session.run(*pip, *wheels, external=True)
-    with session.chdir(session.create_tmp()):
-        for project in PACKAGES:
+    for project in PACKAGES:
+        folder = Path(session.create_tmp()) / project.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        with session.chdir(folder):
             command = [python, "-m", module(project)]
             session.run(*command, "--help", external=True, silent=True)
             session.run(*command, "train", "--train.steps", "1", external=True)

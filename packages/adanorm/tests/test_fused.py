@@ -8,6 +8,7 @@ import pytest
 import torch
 from separata_adanorm import fused, native
 from separata_adanorm.norms import AdaNorm, ada_norm, add_ada_norm, detach_norm, layer_norm_simple
+from separata_adanorm.options import Options
 from separata_shared import native as machinery
 from torch import Tensor
 
@@ -30,9 +31,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, sum and gradients of the norm of ``x`` and of its sum with ``g``."""
     constants: dict[str, Any] = {"C": 1.5, "k": 0.1, "eps": 1e-5, **options}
-    norm = fused.Options(
-        width=x.shape[-1], detach_mean=detached[0], detach_std=detached[1], **constants
-    )
+    norm = Options(width=x.shape[-1], detach_mean=detached[0], detach_std=detached[1], **constants)
     x, other = x.detach().requires_grad_(), g.detach().requires_grad_()
     output, _ = fused.apply(x, None, norm)
     (alone,) = torch.autograd.grad(output, x, g)

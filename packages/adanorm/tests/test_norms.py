@@ -345,6 +345,10 @@ class TestModules:
     def test_wrong_sizes_are_named(self) -> None:
         with pytest.raises(ValueError, match=r"\(8,\), not \(2, 9\)"):
             AdaNorm(8)(torch.randn(2, 9))
+        with pytest.raises(ValueError, match=r"one integer or several, not 4\.5"):
+            AdaNorm(4.5)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"eps must not be negative, but is -1e-05"):
+            ada_norm(torch.ones(2, 8), eps=-1e-5)
         with pytest.raises(ValueError, match="positive"):
             AdaNorm(0)
         with pytest.raises(ValueError, match="convention"):

@@ -7,41 +7,14 @@ is a module with ``forward`` and ``backward``: ``closed_form`` in PyTorch, ``nat
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import closed_form, native, reference
-
-
-class Options(NamedTuple):
-    """What a norm is, besides its input."""
-
-    width: int
-    """Numbers of a row, ``H``."""
-
-    C: float
-    """Mean of the scaling."""
-
-    k: float
-    """Slope of the scaling."""
-
-    eps: float
-    """Keeps the division finite."""
-
-    official: bool
-    """Whether the convention is the official one."""
-
-    detach_mean: bool
-    """Whether the mean is a constant of the backward pass."""
-
-    detach_std: bool
-    """Whether the deviation is a constant of the backward pass."""
-
-    impl: str
-    """Name of the implementation."""
+from .options import Options
 
 
 def apply(x: Tensor, residual: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -50,7 +23,7 @@ def apply(x: Tensor, residual: Tensor | None, options: Options) -> tuple[Tensor,
     The operator is for graphs. In plain eager code its dispatch costs as much as the norm of a few
     hundred rows.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode():
+    if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode():
         output, total, _ = norm(x, residual, *options)
         return output, total
     if torch.is_grad_enabled():
@@ -61,7 +34,7 @@ def apply(x: Tensor, residual: Tensor | None, options: Options) -> tuple[Tensor,
 
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is at work, which takes no operator like ours."""
-    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_dynamo_compiling()
 
 
 def _forward(
@@ -233,10 +206,8 @@ def _keep_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate_twice(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of the gradient: what is detached stays a constant."""
-    options = Options(*ctx.options)._asdict()
-    del options["impl"]
     grad, x = ctx.saved_tensors
-    grad, x = reference.differentiate_twice(grad, x, grad_grad, **options)
+    grad, x = reference.differentiate_twice(grad, x, grad_grad, Options(*ctx.options))
     grad_total = grad_grad if ctx.needs_input_grad[1] else None
     return (grad, grad_total, x, None, *[None] * len(Options._fields))
 

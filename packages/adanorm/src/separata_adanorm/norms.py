@@ -18,6 +18,7 @@ precision are computed in float32 and the result has the precision of the input,
 The derivative of a gradient is that of the graph with what is detached held constant.
 """
 
+import functools
 import math
 from typing import Literal, get_args
 
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 from . import fused
 from . import reference as spelled_out
-from .shapes import Shape, check_input, check_shape
+from .options import Options, Shape, as_tuple, check_input, check_shape
 
 Convention = Literal["official", "torch"]
 """``official``: authors' code, ``torch``: paper and ``nn.LayerNorm``; see Eq. 2."""
@@ -35,7 +36,6 @@ Convention = Literal["official", "torch"]
 Impl = Literal["auto", "reference", "eager", "native", "triton"]
 """``auto`` is ``native`` on a CPU, ``triton`` on a GPU, ``eager`` where these cannot run; within
 ``torch.func`` it is ``reference``, the only one that can be transformed."""
-_IMPLS = get_args(Impl)
 
 
 def ada_norm(
@@ -197,7 +197,9 @@ def clipped_layer_norm(
     """
     if not 0.0 <= fraction <= 0.5:
         raise ValueError(f"fraction must lie between 0 and 0.5, not {fraction}")
-    shape = check_input(x, normalized_shape, "torch")
+    shape = tuple(x.shape[-1:]) if normalized_shape is None else as_tuple(normalized_shape)
+    check_shape(shape, "torch")
+    check_input(x, shape)
     width = math.prod(shape)
     rows = x.reshape(-1, width)
     count = max(int(width * fraction), 1)
@@ -219,22 +221,41 @@ def _norm(
     detach: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor | None]:
     """Norm and, with a residual, sum; ``detach`` says whether mean and deviation are constants."""
-    width = math.prod(check_input(x, shape, convention))
+    sizes = tuple(x.shape[-1:]) if shape is None else as_tuple(shape)
+    make = _options if torch.compiler.is_dynamo_compiling() else _kept_options
+    options = make(sizes, C, k, eps, convention, impl, detach)
+    check_input(x, sizes)
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ValueError(
             f"residual must have the shape and precision of x, {tuple(x.shape)} and {x.dtype}, "
             f"not {tuple(residual.shape)} and {residual.dtype}"
         )
-    if impl not in _IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(_IMPLS)}, not {impl!r}")
-    official = convention == "official"
     if impl == "reference" or (impl == "auto" and fused.is_transformed()):
         total = x if residual is None else x + residual
-        constants = fused.Options(width, C, k, eps, official, *detach, impl)._asdict()
-        del constants["impl"]
-        return spelled_out.norm(total, **constants), total
-    options = fused.Options(width, float(C), float(k), float(eps), official, *detach, impl)
+        return spelled_out.norm(total, options), total
     return fused.apply(x, residual, options)
+
+
+def _options(
+    sizes: tuple[int, ...],
+    C: float,
+    k: float,
+    eps: float,
+    convention: Convention,
+    impl: Impl,
+    detach: tuple[bool, bool],
+) -> Options:
+    check_shape(sizes, convention)
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, but is {eps}")
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, not {impl!r}")
+    official = convention == "official"
+    return Options(math.prod(sizes), float(C), float(k), float(eps), official, *detach, impl)
+
+
+# The norm of few rows takes no longer than these checks do; Dynamo warns of a cache.
+_kept_options = functools.lru_cache(_options)
 
 
 class LayerNormSimple(nn.Module):

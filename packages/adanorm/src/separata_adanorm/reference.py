@@ -4,34 +4,20 @@ import torch
 from torch import Tensor
 
 from .closed_form import computed, spread
+from .options import Options
 
 
-def norm(
-    x: Tensor,
-    width: int,
-    *,
-    C: float,
-    k: float,
-    eps: float,
-    official: bool,
-    detach_mean: bool,
-    detach_std: bool,
-) -> Tensor:
+def norm(x: Tensor, options: Options) -> Tensor:
     """Normalise rows of ``x`` and scale them by the constant ``C (1 - k y)``.
 
     Args:
-        x: ``(..., H)`` or more dimensions that hold rows of ``width`` numbers.
-        width: ``H``.
-        C: Mean of the scaling.
-        k: Slope of the scaling.
-        eps: Keeps the division finite.
-        official: Whether the convention is the official one.
-        detach_mean: Whether the mean is a constant of the backward pass.
-        detach_std: Whether the deviation is a constant of the backward pass.
+        x: ``(..., H)``, or more dimensions that hold rows of ``options.width`` numbers.
+        options: What the norm is.
 
     Returns:
         As ``x``.
     """
+    width, C, k, eps, official, detach_mean, detach_std, _ = options
     rows = computed(x).reshape(-1, width)
     sigma, mu = torch.std_mean(rows, dim=1, correction=int(official), keepdim=True)  # Eq. 1
     s = spread(sigma, eps, official)  # Eq. 2
@@ -41,7 +27,7 @@ def norm(
 
 
 def differentiate_twice(
-    grad: Tensor, x: Tensor, grad_grad: Tensor, width: int, **options: float | bool
+    grad: Tensor, x: Tensor, grad_grad: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``sum(dx * grad_grad)`` where ``dx`` is the gradient of ``norm`` for ``grad``.
 
@@ -55,7 +41,7 @@ def differentiate_twice(
         grad, x = (
             t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (grad, x)
         )
-        output = norm(x, width, **options)  # type: ignore[arg-type]
+        output = norm(x, options)
         (dx,) = torch.autograd.grad(output, x, grad, create_graph=True)
         first, second = torch.autograd.grad(
             dx,
