@@ -45,7 +45,7 @@ class Operation:
 
     def first(self, tensor: Tensor) -> Tensor:
         """The heads of the first sentence that are compared ``(h, T, ...)``."""
-        return tensor[0, : self.heads]
+        return tensor[0, : min(self.heads, self.case.heads)]
 
     def parts(self, competitor: Competitor) -> list[list[Tensor]]:
         """What a competitor gets at a time: query, key, value, and the gradient of the output."""
