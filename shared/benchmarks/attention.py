@@ -28,7 +28,7 @@ from separata_shared.testing import timing
 
 Row = dict[str, Any]
 Times = dict[str, list[float]]
-# Bytes taken before a case, and bytes beyond which allocations fail rather than fill the machine.
+# Bytes taken before timings, and bytes beyond which allocations fail rather than fill the machine.
 READY, MEMORY = 2 * 2**30, 12 * 2**30
 # What a competitor that is not timed leaves empty.
 BLANK: Row = dict.fromkeys(
@@ -72,7 +72,6 @@ def main(
         folder = output or Path(__file__).parent / "results"
         rows: list[Row] = []
         for case in suite(name, device):
-            timing.keep_memory(ready=READY, limit=MEMORY)
             machine["gemm_gflop_s"] = round(speeds[case.dtype] / 1e9, 1)
             found, refused = measure(case, device, machine, interleave)
             show(case, found)
@@ -111,7 +110,8 @@ def measure(
         if not notes[name]:
             saved[name] = problem.saved_mib(competitor)
             runs[name] = problem.run(competitor)
-    times = interleave(runs)
+    with timing.kept_memory(ready=READY, limit=MEMORY):
+        times = interleave(runs)
     rows = []
     for name, note in notes.items():
         row = numbers(name, times) | {"saved_mib": saved[name]} if name in times else {}

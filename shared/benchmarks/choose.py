@@ -170,5 +170,5 @@ def read(path: Path) -> list[Row]:
 
 
 if __name__ == "__main__":
-    timing.keep_memory(ready=2**30, limit=12 * 2**30)
-    auto_cli(main)
+    with timing.kept_memory(ready=2**30, limit=12 * 2**30):
+        auto_cli(main)

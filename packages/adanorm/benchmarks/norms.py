@@ -41,6 +41,7 @@ GOALS = {
 SENTENCES, LENGTH, VOCABULARY = 16, 32, 10149
 
 
+@timing.kept_memory(ready=2**30)
 def main(
     rows: int = 8192,
     widths: list[int] = [512, 1024],  # noqa: B006
@@ -68,7 +69,6 @@ def main(
         output: CSV file; by default results/norms-DEVICE-DTYPE.csv beside this script.
     """
     torch.set_num_threads(threads)
-    timing.keep_memory(ready=2**30)
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else accelerator.type

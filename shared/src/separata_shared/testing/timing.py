@@ -25,32 +25,49 @@ Precision = Literal["highest", "high", "medium"]
 
 # A sample lasts at least this long, by repeating short calls.
 SAMPLE_SECONDS = 0.01
-# Names of malloc.h
+# Options of malloc.h: how much is kept and taken at the end of the heap, and how many buffers live
+# outside of it; and their values, ours and those of glibc.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
+KEEP = {MMAP_MAX: 0, TRIM_THRESHOLD: -1, TOP_PAD: 2**26}
+GIVE_BACK = {MMAP_MAX: 2**16, TRIM_THRESHOLD: 2**17, TOP_PAD: 2**17}
 
 
-def keep_memory(*, ready: int = 0, limit: int | None = None) -> None:
-    """Let glibc keep memory that is freed from now on, and give back what was kept before.
+@contextlib.contextmanager
+def kept_memory(*, ready: int = 0, limit: int | None = None) -> Iterator[None]:
+    """Let glibc keep memory that is freed inside the block.
 
     By default it gives buffers of 32 MiB and more back to the kernel, and the page faults of each
-    new one cost more than many kernels do. Elsewhere than on Linux this does nothing.
+    new one cost more than many kernels do. But kept memory fragments, so only the timed calls
+    belong inside. Elsewhere than on Linux this does nothing.
 
     Args:
         ready: Bytes to take from the kernel now, so that the first rounds have no page faults.
-        limit: Bytes of data after which allocations fail, since kept memory may fragment.
+        limit: Bytes of data after which allocations fail, rather than fill the machine.
     """
     if sys.platform != "linux":
+        yield
         return
     import resource
 
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    set_malloc(KEEP)
+    try:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+        torch.ones(ready, dtype=torch.uint8)  # and back to glibc
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+        set_malloc(GIVE_BACK)
+
+
+def set_malloc(options: Mapping[int, int]) -> None:
+    """Set options of glibc's malloc and give all free memory back; a no-op for other libraries."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        for option, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (TOP_PAD, 2**26)):
+        for option, value in options.items():
             libc.mallopt(option, value)
         libc.malloc_trim(0)
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
-    torch.ones(ready, dtype=torch.uint8)  # and back to glibc
 
 
 def make_clock(device: str, threads: int) -> Clock:
@@ -131,11 +148,11 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
     # The storages are kept, so that no address comes twice.
     storages: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
+        # Nothing goes back to the graph: a node that held its own output would never be freed.
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         output = forward()
     nodes, seen = [output.grad_fn], set()
     while nodes:
