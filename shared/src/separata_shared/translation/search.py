@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from separata_shared.cli import from_yaml
@@ -31,8 +31,8 @@ class TrainedModel(Generic[ConfigT]):
     """Run directory."""
     weights: Path
     """File that the parameters came from."""
-    network: Transformer
-    """The model, in evaluation mode."""
+    network: Any
+    """The model, in evaluation mode; a ``Transformer``, or what the package built instead."""
     model: ConfigT
     """Its sizes and wiring."""
     data: DataConfig
@@ -47,7 +47,7 @@ class TrainedModel(Generic[ConfigT]):
 
 def load_run(
     config: type[ConfigT],
-    build: Callable[[ConfigT], Transformer],
+    build: Callable[[ConfigT], nn.Module],
     run: Path,
     *,
     weights: Path | None = None,
