@@ -5,7 +5,7 @@ from functools import partial
 from separata_shared import translation
 
 from .config import ModelConfig
-from .model import build_demonstrator, build_learner, build_mask_predictor, build_teacher
+from .build import build_demonstrator, build_learner, build_mask_predictor, build_teacher
 
 load_teacher = partial(translation.load_run, ModelConfig, build_teacher)
 """Read a trained teacher: ``load_teacher(run, weights=...)``."""

@@ -15,6 +15,13 @@ from separata_shared.files import read_json, sha256, write_json
 from separata_shared.training import Run, TrainConfig, TrainResult
 from separata_shared.translation import fit_translation, load_for
 
+from .build import (
+    build_demonstrator,
+    build_learner,
+    build_mask_predictor,
+    build_teacher,
+    initialise,
+)
 from .config import (
     DataConfig,
     DecodeConfig,
@@ -26,13 +33,6 @@ from .config import (
 from .data import Corpus, with_distilled
 from .distill import distill
 from .generate import load_demonstrator, load_teacher
-from .model import (
-    build_demonstrator,
-    build_learner,
-    build_mask_predictor,
-    build_teacher,
-    initialise,
-)
 from .objective import demonstrator_step, learner_step, mask_predict_step, validation
 
 
