@@ -145,16 +145,17 @@ def masked_canvas(mask: Tensor) -> Tensor:
     return canvas.masked_fill(last, EOS).masked_fill(~mask, PAD)
 
 
-def mask_at_random(target: Tensor) -> tuple[Tensor, Tensor]:
+def mask_words(target: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Make a training example: a uniform share of each sentence's words is masked, at least one.
 
     Args:
         target: Tokens ``(B, T)``, each ending in EOS and padded; EOS is never masked.
+        real: Boolean ``(B, T)``, True = token.
 
     Returns:
         The decoder's input ``(B, T)``, and which words were masked, boolean ``(B, T)``.
     """
-    wanted = target.ne(PAD) & target.ne(EOS)
+    wanted = real & target.ne(EOS)
     counts = wanted.sum(dim=1)
     share = torch.rand(len(target), device=target.device)
     # Uniform over 1 .. n; a sentence without words has none to mask.

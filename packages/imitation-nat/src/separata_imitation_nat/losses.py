@@ -7,6 +7,7 @@ Shapes: L layers with actions, B batch, T target length, K actions, V vocabulary
 """
 
 import torch
+from separata_shared.data.vocabulary import PAD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -119,22 +120,22 @@ def imitation_loss(log_pi_demonstrator: Tensor, log_pi_learner: Tensor, mask: Te
     return masked_mean(-(target * log_pi_learner).sum(dim=-1), mask)
 
 
-def word_loss(logits: Tensor, target: Tensor, mask: Tensor, *, label_smoothing: float) -> Tensor:
-    """``(1 - s) NLL + s / V sum_v -log p_v``, the mean over the valid targets.
+def word_loss(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """``(1 - s) NLL + s / V sum_v -log p_v``, and NLL alone; means over the valid targets.
 
     Args:
         logits: ``(B, T, V)``.
-        target: Tokens ``(B, T)``.
-        mask: Boolean ``(B, T)``, True = valid target.
+        target: Tokens ``(B, T)``; PAD where nothing is to be learned.
         label_smoothing: s.
 
     Returns:
-        A scalar.
+        Two scalars; 0 where there is no valid target.
     """
-    losses = F.cross_entropy(
-        logits.float().transpose(1, 2), target, label_smoothing=label_smoothing, reduction="none"
-    )
-    return masked_mean(losses, mask)
+    real = target.ne(PAD)
+    log_probs = logits.float().log_softmax(dim=-1)
+    nll = masked_mean(-log_probs.gather(-1, target[..., None]).squeeze(-1), real)
+    smooth = masked_mean(-log_probs.mean(dim=-1), real)
+    return (1 - label_smoothing) * nll + label_smoothing * smooth, nll
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
