@@ -8,8 +8,28 @@ at each position.
 Shapes: B batch, T target length, V vocabulary, k words kept, R rank.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+
+
+class BestPath(NamedTuple):
+    """What ``LowRankCRF.viterbi`` found."""
+
+    tokens: Tensor
+    """``(B, T)``; anything at padding."""
+    places: Tensor
+    """Which of the k words each token is, ``(B, T)``."""
+    prefixes: Tensor
+    """Score of the best prefix that ends in each kept word, ``(B, T, k)``; the last is kept up at
+    padding."""
+
+    @property
+    def scores(self) -> Tensor:
+        """What each token adds to the score, ``(B, T)``; 0 at padding."""
+        reached = self.prefixes.gather(2, self.places[:, :, None]).squeeze(2)
+        return torch.cat((reached[:, :1], reached.diff(dim=1)), dim=1)
 
 
 class LowRankCRF(nn.Module):
@@ -57,7 +77,7 @@ class LowRankCRF(nn.Module):
         return total.logsumexp(dim=1)
 
     @torch.no_grad()
-    def viterbi(self, emissions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def viterbi(self, emissions: Tensor, mask: Tensor) -> BestPath:
         """The best sequence of kept words.
 
         Args:
@@ -65,26 +85,25 @@ class LowRankCRF(nn.Module):
             mask: Boolean ``(B, T)``, True = valid; on the left.
 
         Returns:
-            Tokens ``(B, T)``, and what each adds to the score ``(B, T)``, 0 at padding.
+            The sequence and the scores on the way.
         """
         scores, kept = emissions.topk(self._kept(emissions), dim=2)
         transitions = self._transitions(kept)
         best = scores[:, 0]
         stay = torch.arange(best.size(1), device=best.device).expand_as(best)
-        parents = []
+        prefixes, parents = [best], []
         for t in range(1, emissions.size(1)):
             step, parent = (best[:, :, None] + transitions[:, t - 1]).max(dim=1)
             real = mask[:, t, None]
             best = torch.where(real, step + scores[:, t], best)
+            prefixes.append(best)
             parents.append(torch.where(real, parent, stay))
         path = [best.argmax(dim=1, keepdim=True)]
         for parent in reversed(parents):
             path.append(parent.gather(1, path[-1]))
-        places = torch.stack(path[::-1], dim=1)  # (B, T, 1)
-        tokens = kept.gather(2, places).squeeze(2)
-        added = scores.gather(2, places).squeeze(2)
-        added[:, 1:] += (self.E1[tokens[:, :-1]] * self.E2[tokens[:, 1:]]).sum(dim=-1)
-        return tokens, added * mask
+        places = torch.cat(path[::-1], dim=1)
+        tokens = kept.gather(2, places[:, :, None]).squeeze(2)
+        return BestPath(tokens, places, torch.stack(prefixes, dim=1))
 
     def _kept(self, emissions: Tensor) -> int:
         return min(self.beam, emissions.size(2))
