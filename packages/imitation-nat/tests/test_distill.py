@@ -123,9 +123,7 @@ def test_a_damaged_shard_is_found_by_its_checksums_and_made_again(
     redone: list[int] = []
     original = module.translate_shard
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            module, "translate_shard", lambda *a: (redone.append(a[1]), original(*a))[1]
-        )
+        patch.setattr(module, "translate_shard", lambda *a: (redone.append(a[1]), original(*a))[1])
         again(copy)
     assert redone == [int(path.stem)]
     assert files(copy) == files(distilled)
@@ -205,9 +203,7 @@ def test_several_workers_share_the_shards(
     assert files(output) == files(distilled)
 
 
-def test_own_text_keeps_its_empty_lines(
-    again: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_own_text_keeps_its_empty_lines(again: Callable[..., Path], tmp_path: Path) -> None:
     source = tmp_path / "in.txt"
     source.write_text("s1 s2 s3\n\ns4 s5\n\n")
     lines = again(tmp_path / "out", input=source).read_text().split("\n")

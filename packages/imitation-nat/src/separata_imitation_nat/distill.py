@@ -146,8 +146,8 @@ def source_tokens(trained: TrainedModel[Any], input: Path | None) -> Sequences:
 
 def fingerprint(sources: Sequences) -> str:
     """SHA-256 of token sequences: equal for equal lines, whatever type holds the tokens."""
-    digest = hashlib.sha256(np.ascontiguousarray(sources.offsets, dtype="<i8"))
-    digest.update(np.ascontiguousarray(sources.tokens, dtype="<i8"))
+    digest = hashlib.sha256(sources.offsets.astype("<i8").data)
+    digest.update(sources.tokens.astype("<i8").data)
     return digest.hexdigest()
 
 
@@ -207,7 +207,7 @@ def translate_shard(plan: Plan, shard: int, trained: TrainedModel[Any]) -> list[
     lines = plan.lines(shard)
     filled = [number for number in lines if len(plan.sources[number]) > 1]
     tokens = [torch.from_numpy(plan.sources[number].astype(np.int64)) for number in filled]
-    texts = {number: "" for number in lines}
+    texts = dict.fromkeys(lines, "")
     for number, hypotheses in zip(filled, translate(trained, tokens), strict=True):
         texts[number] = trained.target_vocabulary.decode(hypotheses[0].tokens.tolist())
     return list(texts.values())
@@ -244,7 +244,7 @@ def read_shard(plan: Plan, shard: int) -> list[str]:
 def checksum(number: int, source: NDArray[np.integer], text: str) -> str:
     """Checksum of one line: 64 bits of BLAKE2b over its number, its source and its translation."""
     digest = hashlib.blake2b(f"{number}\n{text}\n".encode(), digest_size=8)
-    digest.update(np.ascontiguousarray(source, dtype="<i8"))
+    digest.update(source.astype("<i8").data)
     return digest.hexdigest()
 
 

@@ -60,7 +60,7 @@ def bleu_by_length(
     place = np.searchsorted(BUCKETS, np.asarray(lengths))
     scores = {}
     for bucket in sorted(set(place.tolist())):
-        chosen = np.flatnonzero(place == bucket)
+        chosen = np.flatnonzero(place == bucket).tolist()
         low = BUCKETS[bucket - 1] + 1 if bucket else 1
         high = BUCKETS[bucket] if bucket < len(BUCKETS) else ""
         score = bleu([hypotheses[n] for n in chosen], [references[n] for n in chosen])

@@ -118,11 +118,12 @@ def train_demonstrator(
     corpus, model = load_for(model, data)
     settings: dict[str, Any] = {"model": model, "data": data, "train": train, "decode": decode}
     settings |= {"objective": objective, "label_smoothing": label_smoothing}
-    corpus, inputs = training_part(corpus, settings, stages, distilled)
+    settings["stages"] = StagesConfig(targets=stages.targets)
+    corpus, inputs = training_part(corpus, data, stages, distilled)
     keep_inputs(run, inputs)
     torch.manual_seed(train.seed)
     network = build_demonstrator(model)
-    step = demonstrator_step(objective, label_smoothing)
+    step = demonstrator_step(network, objective, label_smoothing)
     return fit_translation(
         network,
         corpus,
@@ -178,20 +179,25 @@ def train(
     """
     settings: dict[str, Any] = {"model": model, "data": data, "train": train, "decode": decode}
     settings |= {"objective": objective, "label_smoothing": label_smoothing}
+    settings["parallel"] = parallel
     if data.dataset == "tiny":
-        earlier_stages({**settings, "stages": stages}, teacher, distilled, demonstrator)
-    corpus, model = load_for(model, data)
-    settings |= {"model": model, "parallel": parallel}
-    corpus, inputs = training_part(corpus, settings, stages, distilled)
+        places: dict[str, Any] = {
+            "teacher": teacher,
+            "distilled": distilled,
+            "demonstrator": demonstrator,
+        }
+        earlier_stages({**settings, "stages": stages}, **places)
+    corpus, settings["model"] = load_for(model, data)
+    settings["stages"] = replace(stages, teacher_steps=0, demonstrator_steps=0)
+    corpus, inputs = training_part(corpus, data, stages, distilled)
     torch.manual_seed(train.seed)
-    network = build_learner(model)
+    network = build_learner(settings["model"])
     shown = None
     if objective.imitation > 0 or stages.initialise == "demonstrator":
         expert = load_demonstrator(demonstrator)
         expert.target_vocabulary.check(corpus.target_vocabulary.fingerprint, demonstrator)
         inputs["demonstrator"] = expert.weights
         shown = expert.network if objective.imitation > 0 else None
-        settings["demonstrator"] = str(demonstrator)
     if stages.initialise == "demonstrator":
         initialise(network, expert.network)
     elif stages.initialise == "teacher":
@@ -200,7 +206,7 @@ def train(
         inputs["teacher"] = trained.weights
         initialise(network, trained.network)
     keep_inputs(run, inputs)
-    step = learner_step(objective, label_smoothing, demonstrator=shown)
+    step = learner_step(network, objective, label_smoothing, demonstrator=shown)
     return fit_translation(
         network,
         corpus,
@@ -249,13 +255,15 @@ def train_mask_predict(
         raise ValueError(f"iterations: must be at least 1, got {iterations}")
     corpus, model = load_for(model, data)
     settings: dict[str, Any] = {"model": model, "data": data, "train": train, "decode": decode}
-    settings |= {"label_smoothing": label_smoothing, "iterations": iterations}
-    corpus, inputs = training_part(corpus, settings, stages, distilled)
+    settings |= {"objective": objective, "label_smoothing": label_smoothing}
+    settings |= {"stages": StagesConfig(targets=stages.targets), "iterations": iterations}
+    corpus, inputs = training_part(corpus, data, stages, distilled)
     keep_inputs(run, inputs)
     torch.manual_seed(train.seed)
-    step = mask_predict_step(objective, label_smoothing)
+    network = build_mask_predictor(model)
+    step = mask_predict_step(network, objective, label_smoothing)
     return fit_translation(
-        build_mask_predictor(model),
+        network,
         corpus,
         settings=settings,
         run=run,
@@ -265,12 +273,15 @@ def train_mask_predict(
 
 
 def earlier_stages(
-    settings: Mapping[str, Any], teacher: Path, distilled: Path, demonstrator: Path
+    settings: Mapping[str, Any], *, teacher: Path, distilled: Path, demonstrator: Path
 ) -> None:
     """Train the teacher, distill, and train the demonstrator, where that is not done yet.
 
+    The teacher is left out where nobody asks it: neither for targets, nor for parameters, nor to
+    choose among lengths.
+
     Args:
-        settings: The groups of a configuration that these verbs take.
+        settings: The groups of a configuration, ``stages`` and ``parallel`` among them.
         teacher: Run directory of the teacher.
         distilled: Directory of the distilled text.
         demonstrator: Run directory of the demonstrator.
@@ -279,9 +290,11 @@ def earlier_stages(
         ValueError: What is there was made with other settings, or a stage failed.
     """
     stages: StagesConfig = settings["stages"]
-    groups = {name: settings[name] for name in ("model", "data", "train", "decode")}
+    groups: dict[str, Any] = {n: settings[n] for n in ("model", "data", "train", "decode")}
     groups |= {"stages": stages, "label_smoothing": settings["label_smoothing"]}
-    train_teacher(**groups, run=teacher)
+    asked = (stages.targets == "distilled", stages.initialise == "teacher")
+    if any(asked) or settings["parallel"].scorer == "teacher":
+        train_teacher(**groups, run=teacher)
     if stages.targets == "distilled":
         distill(teacher=teacher, output=distilled)
     train_demonstrator(
@@ -295,24 +308,19 @@ def with_steps(train: TrainConfig, steps: int) -> TrainConfig:
 
 
 def training_part(
-    corpus: Corpus, settings: dict[str, Any], stages: StagesConfig, distilled: Path
+    corpus: Corpus, data: DataConfig, stages: StagesConfig, distilled: Path
 ) -> tuple[Corpus, dict[str, Path]]:
-    """The corpus to train on, and the files beside it on which the run depends.
-
-    Where the targets are distilled, ``settings`` gets to know from where.
-    """
+    """The corpus to train on, and the files beside it on which the run depends."""
     if stages.targets == "raw":
         return corpus, {}
-    settings["distilled"] = str(distilled)
-    max_length = settings["data"].max_length
-    return (
-        with_distilled(corpus, distilled, max_length=max_length),
-        {"distilled": distilled / "target.txt"},
-    )
+    corpus = with_distilled(corpus, distilled, max_length=data.max_length)
+    return corpus, {"distilled": distilled / "target.txt"}
 
 
 def keep_inputs(run: Path, inputs: Mapping[str, Path]) -> None:
-    """Write down the checksums of what an earlier stage made, or compare them.
+    """Write down the checksums of what earlier stages made, or compare them.
+
+    A run knows what it was made from by content, so that it may be moved with its inputs.
 
     Raises:
         ValueError: The run was begun with other files.
@@ -323,8 +331,10 @@ def keep_inputs(run: Path, inputs: Mapping[str, Path]) -> None:
         write_json(path, found)
         return
     recorded = read_json(path)
-    for name, checksum in found.items():
-        if not isinstance(recorded, dict) or recorded.get(name) != checksum:
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{path}: not a record of inputs")
+    for name in sorted(recorded.keys() | found.keys()):
+        if recorded.get(name) != found.get(name):
             raise ValueError(
                 f"{path}: {name} is not what this run was begun with; "
                 "choose another run directory or delete this one"
