@@ -18,6 +18,7 @@ def small(**changes: int) -> TransformerConfig:
 def test_activation_and_positions_are_those_handed_in() -> None:
     model = build_transformer(
         small(),
+        Transformer,
         activation=F.gelu,
         positions=lambda config: LearnedPositions(
             config.width, padding_index=PAD, max_length=config.max_length

@@ -53,7 +53,7 @@ def sinusoidal_positions(config: TransformerConfig) -> nn.Module:
 
 def build_transformer(
     config: TransformerConfig,
-    kind: Callable[..., ModelT] = Transformer,
+    kind: Callable[..., ModelT],
     *,
     attend: AttendFactory = dense_everywhere,
     norm: Norm = nn.LayerNorm,
