@@ -28,6 +28,7 @@ from separata_shared.nn.cache import Cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .actions import ActionTrace, SoftActions
 from .build import all_positions
 
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -37,6 +38,9 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
 """Makes a linear layer of weights ``(out, in)`` and biases ``(out,)``."""
+
+Product = Callable[[Tensor], Tensor]
+Attend = Callable[..., Tensor]
 
 # Rows that oneDNN lays the weights out for; other numbers of rows are served as well.
 TYPICAL_ROWS = 32
@@ -77,6 +81,10 @@ def _replace(module: nn.Module, make: MakeLinear) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, make(child.weight, child.bias))
+        elif isinstance(child, nn.Dropout):
+            setattr(module, name, nn.Identity())
+        elif isinstance(child, SoftActions):
+            setattr(module, name, MixedActions(child, make))
         elif not isinstance(child, SelfAttention | CrossAttention):
             _replace(child, make)
 
@@ -87,8 +95,11 @@ def _attention(
     """The lean form of an attention module; the module itself where there is none."""
     if not isinstance(module, MultiHeadAttention):
         return module
-    looks = {dense_attention: attend, all_positions: partial(attend, both_ways=True)}
-    lean = looks.get(module.attend) if callable(module.attend) else None
+    looks: dict[object, Attend] = {
+        dense_attention: attend,
+        all_positions: partial(attend, both_ways=True),
+    }
+    lean = looks.get(module.attend)
     return module if lean is None else kind(module, make, lean)
 
 
@@ -127,9 +138,7 @@ def attend(
 class SelfAttention(nn.Module):
     """Self-attention with one product for queries, keys and values."""
 
-    def __init__(
-        self, attention: MultiHeadAttention, make: MakeLinear, attend: Callable[..., Tensor]
-    ) -> None:
+    def __init__(self, attention: MultiHeadAttention, make: MakeLinear, attend: Attend) -> None:
         super().__init__()
         self.shape = (-1, attention.head_width)
         self.attend = attend
@@ -159,9 +168,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention to the encoder's states, whose keys and values come out of one product."""
 
-    def __init__(
-        self, attention: MultiHeadAttention, make: MakeLinear, attend: Callable[..., Tensor]
-    ) -> None:
+    def __init__(self, attention: MultiHeadAttention, make: MakeLinear, attend: Attend) -> None:
         super().__init__()
         self.shape = (-1, attention.head_width)
         self.attend = attend
@@ -193,6 +200,24 @@ class CrossAttention(nn.Module):
         return keys, values
 
 
+class MixedActions(nn.Module):
+    """Soft actions whose codebook is a linear layer."""
+
+    def __init__(self, actions: SoftActions, make: MakeLinear) -> None:
+        super().__init__()
+        self.scores = actions.scores
+        _replace(self.scores, make)
+        self.mix = make(actions.codebook.A.detach().t().contiguous(), None)
+
+    def forward(self, r: Tensor, trace: ActionTrace | None = None) -> Tensor:
+        """Map states ``r (B, T, M)`` to action vectors ``(B, T, M)``."""
+        scores = self.scores(r)
+        if trace is not None:
+            trace.add(scores.float().log_softmax(dim=-1))
+        mixed: Tensor = self.mix(scores.softmax(dim=-1))
+        return mixed
+
+
 class PackedLinear(nn.Module):
     """``x W^T + b`` in float32 with weights in the order of their use.
 
@@ -204,31 +229,30 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         weight = weight.detach()
-        out_width, in_width = weight.shape
-        self.out_width = out_width
+        bias = None if bias is None else bias.detach()
+        plain: Product = partial(F.linear, weight=weight, bias=bias)
+        self.one_row = self.more_rows = plain
         # Reading a transposed matrix pays while the result is no shorter than the input.
-        self.transposed = weight.t().contiguous() if out_width >= in_width else None
-        self.bias = None if bias is None else bias.detach()
-        self.blocks = None
-        if torch.backends.mkldnn.is_available():
-            self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.clone(), TYPICAL_ROWS)
-        self.weight = weight if self.transposed is None or self.blocks is None else None
+        if weight.size(0) >= weight.size(1):
+            self.one_row = partial(_row_product, weight.t().contiguous(), bias)
+        if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            blocks = torch.ops.mkldnn._reorder_linear_weight(weight.clone(), TYPICAL_ROWS)
+            self.more_rows = partial(_block_product, blocks, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        if x.numel() == x.size(-1):
-            if self.transposed is None:
-                return F.linear(x, self.weight, self.bias)
-            row = x.view(1, -1)
-            if self.bias is None:
-                return (row @ self.transposed).view(*x.shape[:-1], -1)
-            return torch.addmm(self.bias, row, self.transposed).view(*x.shape[:-1], -1)
-        if self.blocks is None:
-            return F.linear(x, self.weight, self.bias)
-        packed: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.blocks, self.bias, "none", [], ""
-        )
-        return packed
+        return self.one_row(x) if x.numel() == x.size(-1) else self.more_rows(x)
+
+
+def _row_product(transposed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    row = x.view(1, -1)
+    product = row @ transposed if bias is None else torch.addmm(bias, row, transposed)
+    return product.view(*x.shape[:-1], -1)
+
+
+def _block_product(blocks: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
+    return product
 
 
 class QuantisedLinear(nn.Module):
