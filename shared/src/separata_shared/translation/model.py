@@ -21,7 +21,6 @@ from separata_shared.nn import (
     PreNorm,
     SinusoidalPositions,
     TokenEmbedding,
-    Transformer,
 )
 from separata_shared.nn.residual import Norm
 from separata_shared.translation.config import TransformerConfig
