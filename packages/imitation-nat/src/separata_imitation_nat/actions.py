@@ -29,9 +29,13 @@ class ActionTrace:
 
     An argument instead of a result: with one, a layer still maps states to states, and nothing is
     computed or kept for those who do not ask.
+
+    Args:
+        mask: Boolean ``(B, T)``, True = real position; codebooks follow these only. None for all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mask: Tensor | None = None) -> None:
+        self.mask = mask
         self._log_pi: list[Tensor] = []
         self._commitment: list[Tensor] = []
 
@@ -128,12 +132,14 @@ class HardActions(nn.Module):
     def forward(self, r: Tensor, trace: ActionTrace | None = None) -> Tensor:
         """Map states ``r (B, T, M)`` to action vectors ``u (B, T, M)``."""
         z = self.query(r)
-        # The step below moves the codebook, so the distribution is taken first.
-        log_pi = None if trace is None else self.codebook.scores(z).log_softmax(dim=-1)
         u: Tensor
-        u, _, commitment = self.codebook(z)
-        if trace is not None and log_pi is not None:
-            trace.add(log_pi, commitment)
+        if trace is None:
+            u, _, _ = self.codebook(z)
+            return u
+        # The quantiser moves the codebook in training, so the distribution is taken first.
+        log_pi = self.codebook.scores(z).log_softmax(dim=-1)
+        u, _, commitment = self.codebook(z, trace.mask)
+        trace.add(log_pi, commitment)
         return u
 
 

@@ -54,11 +54,12 @@ class EMACodebook(nn.Module):
         """``-|z - A_k|^2`` up to what is the same for all k, ``(..., K)`` of ``z (..., M)``."""
         return 2 * z.float() @ self.A.mT - self.A.square().sum(dim=-1)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise states.
 
         Args:
             z: ``(..., M)``.
+            mask: Boolean ``(...)``, True = the codebook follows this state; None for all.
 
         Returns:
             The nearest entries ``(..., M)``, whose gradient goes to ``z`` as it is; their indices
@@ -68,14 +69,21 @@ class EMACodebook(nn.Module):
         nearest = self.A[index].to(z.dtype)
         commitment = self.commitment * (z - nearest).float().square().mean(dim=-1)
         if self.training:
-            self.follow(z.detach().float().flatten(0, -2), index.flatten())
+            followed = torch.ones_like(commitment) if mask is None else mask.to(commitment.dtype)
+            self.follow(z.detach().float().flatten(0, -2), index.flatten(), followed.flatten())
         return z + (nearest - z).detach(), index, commitment
 
     @torch.no_grad()
-    def follow(self, states: Tensor, index: Tensor) -> None:
-        """Move towards ``states (N, M)`` that take the entries ``index (N,)``."""
-        count = torch.zeros_like(self.count).index_add_(0, index, torch.ones_like(states[:, 0]))
-        total = torch.zeros_like(self.total).index_add_(0, index, states)
+    def follow(self, states: Tensor, index: Tensor, weights: Tensor) -> None:
+        """Move towards ``states (N, M)`` that take the entries ``index (N,)``, as ``weights`` say.
+
+        Args:
+            states: ``(N, M)``.
+            index: ``(N,)``.
+            weights: ``(N,)``, 0 for a state that does not count.
+        """
+        count = torch.zeros_like(self.count).index_add_(0, index, weights)
+        total = torch.zeros_like(self.total).index_add_(0, index, states * weights[:, None])
         add_up(count)
         add_up(total)
         self.count.lerp_(count, 1 - self.decay)

@@ -194,7 +194,7 @@ class Learner(NonAutoregressive):
     def forward(self, source: Tensor, target_mask: Tensor) -> LearnerOutput:
         """Everything that training needs of source ``(B, S)`` and target lengths ``(B, T)``."""
         encoding = self.encode(source)
-        trace = ActionTrace()
+        trace = ActionTrace(target_mask)
         logits = self.decode(encoding, target_mask, trace)
         return LearnerOutput(logits, trace.log_pi, self.predict_length(encoding), trace.commitment)
 

@@ -40,7 +40,8 @@ def demonstrator_step(
     check_smoothing(label_smoothing)
 
     def step(model: nn.Module, batch: ParallelBatch) -> Loss:
-        trace, real = ActionTrace(), batch.target.ne(PAD)
+        real = batch.target.ne(PAD)
+        trace = ActionTrace(real)
         logits = model(batch.source, batch.decoder_input, trace)
         words, nll = word_loss(logits, batch.target, label_smoothing)
         balance = network.balance(trace.log_pi, real)
