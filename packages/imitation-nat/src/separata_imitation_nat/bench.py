@@ -150,6 +150,8 @@ def check(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: must be at least {value}, got {options[name]}")
     if any(length < 2 for length in options["rescoring_lengths"] or []):
         raise ValueError("rescoring_lengths: must be at least 2")
+    if not options["large_batch_gib"] > 0:
+        raise ValueError(f"large_batch_gib: must be positive, got {options['large_batch_gib']}")
     if "float32" not in (options["precisions"] or PRECISIONS):
         raise ValueError("precisions: float32 is a baseline and cannot be left out")
     runs = {name: options[name] for name in ("teacher", "shallow", "learner")}
@@ -378,7 +380,8 @@ def show(rows: Sequence[Row]) -> None:
         notes = ["" if value is None else f"{value:.3f}" for value in cells]
         print(
             f"  {row['system']:<9}{row['search']:<20}{row['engine']:<19}{row['precision']:<10}"
-            f"{row['median_ms']:>10.1f}{row['p90_ms']:>10.1f}{notes[0]:>9}{notes[1]:>9}"
+            f"{row['median_ms']:>10.1f}{row['p90_ms']:>10.1f}{notes[0]:>9}{notes[1]:>9}",
+            flush=True,
         )
 
 

@@ -19,10 +19,11 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from separata_shared.attention import dense_attention
+from separata_shared.data.vocabulary import PAD
 from separata_shared.nn import DecoderLayer, EncoderLayer, MultiHeadAttention
 from separata_shared.nn.cache import Cache
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from torch.nn import functional as F
 
 from .actions import ActionTrace, SoftActions
 from .build import all_positions
+from .decode import ParallelTranslation, parallel_decode
+from .model import Learner
 
 Precision = Literal["float32", "bfloat16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
@@ -70,6 +73,38 @@ def accelerate(model: ModelT, precision: Precision = "float32") -> ModelT:
     if output is not None and not isinstance(output, nn.Module):
         fast.output = make(output.__self__.weight, None)  # the table of the target tokens
     return fast
+
+
+def compile_learner(
+    learner: Learner, *, multiple: int = 8, **options: Any
+) -> Callable[..., ParallelTranslation]:
+    """Parallel decoding with a compiled encoder and decoder, for few different shapes.
+
+    Sources and targets are padded to multiples of a length, so a program serves a whole range of
+    lengths. Torch keeps eight programs of each part, and computes further shapes without one.
+
+    Args:
+        learner: Stays as it is.
+        multiple: What lengths are rounded up to.
+        options: For ``torch.compile``.
+
+    Returns:
+        A function of sources ``(B, S)`` and the options of ``parallel_decode``.
+
+    Raises:
+        ValueError: ``multiple`` is below 1.
+    """
+    if multiple < 1:
+        raise ValueError(f"multiple: must be at least 1, got {multiple}")
+    fast = copy.deepcopy(learner).eval().requires_grad_(False)
+    for part in (fast.encoder, fast.decoder):
+        part.compile(dynamic=False, **options)
+
+    def decode(source: Tensor, **how: Any) -> ParallelTranslation:
+        padded = F.pad(source, (0, -source.size(1) % multiple), value=PAD)
+        return parallel_decode(fast, padded, round_up=lambda n: n + -n % multiple, **how)
+
+    return decode
 
 
 def _replace(module: nn.Module, make: MakeLinear) -> None:

@@ -130,6 +130,7 @@ def _filled(specs: Any, network: Transformer, config: ModelConfig) -> Any:
     output = network.output
     table = output.weight if isinstance(output, nn.Linear) else target.tokens.weight
     decoder.projection.weight = _array(table)
+    decoder.projection.weight[PAD] = 0.0  # our search never writes padding
     for place, layer in zip(encoder.layer, network.encoder.layers, strict=True):
         _fill_self_attention(place.self_attention, layer)
         _fill_feed_forward(place.ffn, layer)
