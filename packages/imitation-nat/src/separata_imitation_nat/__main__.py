@@ -15,6 +15,9 @@ VERBS = {
     "score": f"{PACKAGE}.generate:score",
     "evaluate": f"{PACKAGE}.evaluate:evaluate",
     "ablate": f"{PACKAGE}.ablate:ablate",
+    "bench": f"{PACKAGE}.bench:bench",
+    "plot": f"{PACKAGE}.plot:plot_latency",
+    "explain": f"{PACKAGE}.explain:explain",
     "reproduce": f"{PACKAGE}.reproduce:reproduce",
 }
 
