@@ -23,7 +23,7 @@ SLOT = "__item__"
 
 Slots = Literal["separate", "shared"]
 
-_FULL_STOP = re.compile(r"""(\S*[^.\s])\.[\])}>"'»”’]*(?=\s)""")
+_FULL_STOP = re.compile(r"""(?<!\S)(\S*[^.\s])\.[\])}>"'»”’]*(?=\s)""")
 # Words whose full stop does not end a sentence, beside single letters and numbers.
 _ABBREVIATIONS = frozenset(
     "a.k.a a.m approx capt co col corp dept dr e.g est etc fig gen gov i.e inc jr lt ltd mr mrs ms "
