@@ -1,0 +1,190 @@
+"""Numbers printed by the authors' code; ``--goldens DIR`` compares with other such files."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from separata_kbrd.edges import NORMALISERS, EdgeIndex
+from separata_kbrd.graph import edge_list
+from separata_kbrd.model import (
+    AutoRec,
+    Recommender,
+    RelationalGraphLayer,
+    initialise_uniform,
+    recommendation_loss,
+)
+from separata_kbrd.recommendation import recalls
+from separata_shared.metrics import ranks
+from torch import Tensor
+
+Arrays = dict[str, Tensor]
+EXACT = 1e-9  # relative, outputs and gradients in float64
+ROUNDED = 2e-6  # relative, gradients stored in float32
+
+
+@pytest.fixture
+def data(golden_path: Path) -> Any:
+    """A golden file: the arrays of an .npz, or the value of a .json."""
+    if golden_path.suffix == ".json":
+        return json.loads(golden_path.read_text(encoding="utf-8"))
+    with np.load(golden_path, allow_pickle=False) as stored:
+        return {name: torch.from_numpy(stored[name]) for name in stored.files}
+
+
+def test_golden(golden_path: Path, data: Any, real_graph: Path | None) -> None:
+    kinds = [kind for kind in KINDS if kind <= data.keys()]
+    assert kinds, f"{golden_path.name}: no test knows this kind of file"
+    KINDS[kinds[0]](golden_path, data, real_graph)
+
+
+def close(actual: Tensor, expected: Tensor, share: float, name: str) -> None:
+    """Compare with a deviation relative to the largest entry."""
+    assert actual.shape == expected.shape, name
+    deviation = (actual.detach().double() - expected.double()).abs().max()
+    assert deviation <= share * max(expected.abs().max().item(), 1e-300), f"{name}: {deviation}"
+
+
+def graph_layer(path: Path, arrays: Arrays) -> RelationalGraphLayer:
+    """The layer of a file in float64; its normaliser is part of the kind of file."""
+    R, B = arrays["att"].shape
+    _, N, d = arrays["basis"].shape
+    assert int(arrays["num_relations"]) == R
+    (aggregate,) = [name for name in NORMALISERS if f"_{name}_" in path.name]
+    edges = torch.cat([arrays["edge_index"], arrays["edge_type"][None]]).T
+    index = EdgeIndex(edges, num_nodes=N, num_relations=R, normaliser=NORMALISERS[aggregate])
+    layer = RelationalGraphLayer(index, width=d, num_bases=B, initialise=initialise_uniform)
+    weights = {name: arrays[name] for name in ("att", "root", "bias")}
+    layer.load_state_dict({**weights, "basis": arrays["basis"].transpose(0, 1)})
+    return layer.double()
+
+
+def check_gradients(found: dict[str, Tensor], arrays: Arrays, share: float) -> None:
+    for name, gradient in found.items():
+        expected = arrays[f"g_{name}"]
+        close(gradient, expected.transpose(0, 1) if name == "basis" else expected, share, name)
+
+
+def layer_gradients(layer: RelationalGraphLayer) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def check_graph_layer(path: Path, arrays: Arrays, _: Path | None) -> None:
+    for impl in ("reference", "portable"):
+        layer = graph_layer(path, arrays)
+        layer.impl = impl
+        H = layer()
+        close(H, arrays["nodes"], EXACT, "nodes")
+        (H * arrays["upstream"]).sum().backward()
+        check_gradients(layer_gradients(layer), arrays, EXACT)
+    layer = graph_layer(path, arrays).float()  # with the kernel, where there is a compiler
+    H = layer()
+    close(H, arrays["nodes"], 1e-5, "nodes in float32")
+    (H * arrays["upstream"].float()).sum().backward()
+    check_gradients(layer_gradients(layer), arrays, 1e-5)
+
+
+def check_recommender(path: Path, arrays: Arrays, _: Path | None) -> None:
+    layer = graph_layer(path, arrays)
+    model = Recommender(layer).double()
+    own = {"user.a": arrays["a"], "user.b": arrays["b"], "output_bias": arrays["out_bias"]}
+    model.load_state_dict(own, strict=False)
+    seeds = arrays["seed_flat"].split(arrays["seed_len"].tolist())
+    mask = torch.arange(max(map(len, seeds))) < arrays["seed_len"][:, None]
+    nodes = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, arrays["seed_flat"])
+
+    user, _weights = model.user(layer()[nodes], mask)
+    close(user, arrays["user"], EXACT, "user")
+    assert not user[arrays["seed_len"] == 0].any()
+    scores = model(nodes, mask)
+    close(scores, arrays["scores"], EXACT, "scores")
+    close(model.frozen()(nodes, mask), arrays["scores"], EXACT, "scores of cached vectors")
+    loss = recommendation_loss(scores, torch.arange(len(seeds)), arrays["labels"]) / len(seeds)
+    close(loss, arrays["loss"], EXACT, "loss")
+    loss.backward()
+    gradients = {"a": model.user.a.grad, "b": model.user.b.grad}
+    gradients |= {"out_bias": model.output_bias.grad, **layer_gradients(layer)}
+    check_gradients(gradients, arrays, EXACT)
+
+
+def check_autorec(path: Path, arrays: Arrays, _: Path | None) -> None:
+    width, N = arrays["w:encoder.layers.0.weight"].shape
+    model = AutoRec(N, width=width).double()
+    names = {n: f"{n.replace('encoder', 'encoder.layers.0')}" for n in model.state_dict()}
+    model.load_state_dict({name: arrays[f"w:{theirs}"] for name, theirs in names.items()})
+    scores = model(arrays["x"])
+    close(scores.log_softmax(dim=-1), arrays["log_probs"], EXACT, "log_probs")
+    count = len(arrays["y"])
+    loss = recommendation_loss(scores, torch.arange(count), arrays["y"]) / count
+    close(loss, arrays["loss"], EXACT, "loss")
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, arrays[f"g:{names[name]}"], EXACT, name)
+
+
+def check_recall(path: Path, data: dict[str, Any], _: Path | None) -> None:
+    items, labels = torch.tensor(data["movie_ids"]), torch.tensor(data["labels"])
+    scores = torch.tensor(data["scores"], dtype=torch.float64)
+    turn = torch.tensor(data["turn_of_row"])[torch.tensor(data["row_of_instance"])]
+    place = (items == labels[:, None]).int().argmax(dim=1)
+    found = recalls(ranks(scores[:, items], place), {"turn": turn})
+    for name, expected in data["expected"].items():
+        metric, _, group = name.partition("@turn")
+        part = found["by_turn"][group] if group else found["all"]
+        assert part[metric]["value"] == pytest.approx(100 * expected, rel=1e-12), name
+        assert part[metric]["n"] == data["counts"][name], name
+    best = items[scores[:, items].argmax(dim=1)]
+    assert best.tolist() != scores.argmax(dim=1).tolist()  # a node that is no film scores highest
+
+
+def check_real_graph(path: Path, data: dict[str, Any], folder: Path | None) -> None:
+    counts = data["edges_per_relation"]
+    assert (sum(counts), len(counts)) == (data["n_edges"], data["n_relations"])
+    assert all(1000 < count for count in counts)  # the filter, here without repeated edges
+    if folder is None:
+        pytest.skip("hash and layer need --real-graph DIR with subkg_triples.npz")
+    with np.load(folder / "subkg_triples.npz", allow_pickle=False) as stored:
+        triples = stored["triples"]
+    N, R = data["n_entity"], data["n_relations"]
+    edges, kept = edge_list(triples, num_nodes=N, self_loop=86, threshold=1000)
+    assert len(kept) == R
+    assert np.bincount(edges[:, 2]).tolist() == counts
+    rows = np.ascontiguousarray(edges, dtype=np.int32)
+    assert hashlib.sha256(rows.tobytes()).hexdigest() == data["edges_sha256_int32_rows_sorted"]
+
+    j, k, r, b = (torch.arange(size, dtype=torch.float64) for size in (N, 8, R, 2))
+    basis = 0.37 * (b + 1)[:, None] * (j % 101 + 1)[:, None, None] + 0.61 * (k + 1)
+    weights = {
+        "basis": basis.sin(),  # (N, B, d)
+        "att": (0.53 * (r + 1)[:, None] * (b + 1)).cos(),
+        "root": (0.29 * (j % 53 + 1)[:, None] + 0.7 * k).cos(),
+        "bias": 0.1 * k,
+    }
+    for aggregate, normaliser in NORMALISERS.items():
+        index = EdgeIndex(
+            torch.from_numpy(edges), num_nodes=N, num_relations=R, normaliser=normaliser
+        )
+        layer = RelationalGraphLayer(index, width=8, num_bases=2, initialise=initialise_uniform)
+        layer.double().load_state_dict(weights)
+        with torch.no_grad():
+            H = layer()
+        expected = data[aggregate]
+        probes = torch.tensor(expected["probe_values"], dtype=torch.float64)
+        close(H[data["probe_nodes"]], probes, EXACT, f"{aggregate} probes")
+        for name, total in (("sum", H.sum()), ("sum_sq", H.square().sum())):
+            assert total.item() == pytest.approx(expected[name], rel=EXACT), (aggregate, name)
+
+
+Check = Callable[[Path, Any, Path | None], None]
+# Names that a file of a kind has.
+KINDS: dict[frozenset[str], Check] = {
+    frozenset({"nodes", "upstream", "edge_type"}): check_graph_layer,
+    frozenset({"seed_flat", "scores", "edge_type"}): check_recommender,
+    frozenset({"log_probs", "x", "y"}): check_autorec,
+    frozenset({"movie_ids", "scores", "labels"}): check_recall,
+    frozenset({"edges_sha256_int32_rows_sorted"}): check_real_graph,
+}
