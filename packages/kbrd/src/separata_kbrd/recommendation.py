@@ -61,7 +61,13 @@ def multi_hot(nodes: Tensor, size: int) -> Tensor:
 
 def autorec_scorer(model: AutoRec) -> Scorer:
     """The autoencoder as a recommender."""
-    return lambda batch: model(multi_hot(batch.context, model.decoder.out_features))
+
+    def scores(batch: RecommenderBatch) -> Tensor:
+        x = multi_hot(batch.context, model.decoder.out_features)
+        found: Tensor = model(x.to(model.decoder.weight.device))
+        return found
+
+    return scores
 
 
 def popularity(targets: Iterable[Tensor], num_nodes: int) -> Scorer:
