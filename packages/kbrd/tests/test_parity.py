@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from separata_kbrd.config import DialogConfig
+from separata_kbrd.dialog import DialogModel
+from separata_kbrd.diversity import distinct_per_response
 from separata_kbrd.edges import NORMALISERS, EdgeIndex
 from separata_kbrd.graph import edge_list
 from separata_kbrd.model import (
     AutoRec,
+    FrozenRecommender,
     Recommender,
     RelationalGraphLayer,
     initialise_uniform,
     recommendation_loss,
 )
+from separata_kbrd.pairs import pad_nodes
 from separata_kbrd.recommendation import recalls
-from separata_shared.metrics import ranks
+from separata_kbrd.replies import reply_loss
+from separata_kbrd.search import official_beam, official_greedy
+from separata_kbrd.words import END, NULL, SPECIALS, START, UNK
+from separata_shared.metrics import distinct_n, ranks
+from separata_shared.testing.parity import prefixed
 from torch import Tensor
 
 Arrays = dict[str, Tensor]
@@ -179,6 +189,161 @@ def check_real_graph(path: Path, data: dict[str, Any], folder: Path | None) -> N
             assert total.item() == pytest.approx(expected[name], rel=EXACT), (aggregate, name)
 
 
+def dialog_name(name: str) -> str:
+    """Name of a parameter of ours for that of the authors' dialog model."""
+    if name.startswith("user_representation_to_bias_"):
+        number, part = name.removeprefix("user_representation_to_bias_").split(".")
+        return f"bias.{('first', 'second')[int(number) - 1]}.{part}"
+    if name == "embeddings.weight":
+        return "transformer.source.tokens.weight"
+    side, _, rest = name.partition(".")
+    for theirs, ours in DIALOG_NAMES[side]:
+        rest = re.sub(theirs, ours, rest)
+    return f"transformer.{side}.{rest}"
+
+
+PARTS = [(r"([qkv]|out)_lin", r"\1_proj"), (r"ffn\.lin", "feed_forward.fc")]
+DIALOG_NAMES = {
+    "encoder": [
+        *PARTS,
+        (r"^layers\.(\d+)", r"layers.\1.layer"),
+        ("norm1", "self_attention_residual.norm"),
+        ("norm2", "feed_forward_residual.norm"),
+        (r"\.attention\.", ".self_attention."),
+    ],
+    "decoder": [
+        *PARTS,
+        ("norm1", "self_attention_residual.norm"),
+        ("norm2", "cross_attention_residual.norm"),
+        ("norm3", "feed_forward_residual.norm"),
+        ("encoder_attention", "cross_attention"),
+    ],
+}
+
+
+def dialog_model(path: Path, arrays: Arrays) -> tuple[DialogModel, dict[str, Any]]:
+    """The model of a file in float64, and the settings that stand beside it."""
+    settings = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    opt, marks = settings["opt"], settings["specials"]
+    assert [marks[name] for name in SPECIALS] == [NULL, START, END, UNK]
+    config = DialogConfig(
+        width=opt["embedding_size"],
+        num_heads=opt["n_heads"],
+        hidden_width=opt["ffn_size"],
+        encoder_layers=opt["n_layers"],
+        decoder_layers=opt["n_layers"],
+        bias_width=len(arrays["w:user_representation_to_bias_1.weight"]),
+        dropout=opt["dropout"],
+        max_length=opt["truncate"],
+        max_reply=settings["greedy_maxlen"],
+    )
+    model = DialogModel(config, num_tokens=settings["vocab"], user_width=opt["dim"])
+    own = {n: w for n, w in prefixed(arrays, "w:").items() if not n.startswith("kbrd.")}
+    state = {dialog_name(name): weight for name, weight in own.items()}
+    tied = {"transformer.target.tokens.weight": state["transformer.source.tokens.weight"]}
+    model.load_state_dict({**state, **tied})
+    return model.double().eval(), settings
+
+
+def frozen_recommender(arrays: Arrays) -> FrozenRecommender:
+    own = {n: w.double() for n, w in prefixed(arrays, "w:kbrd.").items()}
+    B, N, d = own["rgcn.basis"].shape
+    R = len(own["rgcn.att"])
+    edges = torch.cat([arrays["edge_index"], arrays["edge_type"][None]]).T
+    index = EdgeIndex(edges, num_nodes=N, num_relations=R, normaliser=NORMALISERS["sum"])
+    layer = RelationalGraphLayer(index, width=d, num_bases=B, initialise=initialise_uniform)
+    model = Recommender(layer).double()
+    graph = {f"graph.{name}": own[f"rgcn.{name}"] for name in ("att", "root", "bias")}
+    graph["graph.basis"] = own["rgcn.basis"].transpose(0, 1)
+    user = {f"user.{name}": own[f"self_attn.{name}"] for name in ("a", "b")}
+    model.load_state_dict({**graph, **user, "output_bias": own["output.bias"]})
+    return model.frozen()
+
+
+def check_dialog(path: Path, arrays: Arrays, _: Path | None) -> None:
+    model, settings = dialog_model(path, arrays)
+    for side in ("source", "target"):
+        table = getattr(model.transformer, side).positions.table
+        name = f"const:{'encoder' if side == 'source' else 'decoder'}.position_embeddings.weight"
+        close(table, arrays[name], EXACT, name)
+    seeds = arrays["seed_flat"].split(arrays["seed_len"].tolist())
+    nodes, mask = pad_nodes([seed.tolist() for seed in seeds])
+    user, _weights = frozen_recommender(arrays).users(nodes, mask)
+    close(user, arrays["user"], EXACT, "user")
+
+    xs, ys = arrays["xs"], arrays["ys"]
+    states, _mask = model.transformer.encode(xs)
+    close(states, arrays["enc"], EXACT, "enc")
+    assert torch.equal(xs != NULL, arrays["enc_mask"])
+    written = torch.cat((torch.full((len(ys), 1), START), ys[:, :-1]), dim=1)
+    logits = model(xs, written, user)
+    close(logits, arrays["logits"], EXACT, "logits")
+    close(model.bias(user), arrays["vocab_bias"], EXACT, "vocab_bias")
+    assert torch.equal(model.bias(user).topk(10).indices, arrays["bias_top10"])
+
+    losses = reply_loss(logits, ys, slot=UNK)
+    close(losses.total, arrays["loss_sum"], EXACT, "loss_sum")
+    assert losses.count == arrays["n_tokens"]
+    real = ys != NULL
+    assert (logits.argmax(dim=-1) == ys)[real].sum() == arrays["n_correct"]
+    loss = losses.total / losses.count
+    close(loss, arrays["loss"], EXACT, "loss")
+    close(loss.exp(), arrays["ppl"], EXACT, "ppl")
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected = {dialog_name(n): g for n, g in prefixed(arrays, "g:").items()}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if name.endswith("k_proj.bias"):  # shifts all scores of a row alike: no gradient at all
+            assert max(gradients[name].abs().max(), gradient.abs().max()) < 1e-15
+        else:
+            close(gradients[name], gradient, ROUNDED, f"g:{name}")
+    check_searches(model, arrays, user.detach(), settings)
+
+
+BEAM = re.compile(r"beam(\d+)_size(\d+)_min(\d+)_nbest(\d+)_block(\d+):tokens")
+
+
+@torch.no_grad()
+def check_searches(
+    model: DialogModel, arrays: Arrays, user: Tensor, settings: dict[str, Any]
+) -> None:
+    def until_end(tokens: list[int]) -> list[int]:
+        return tokens[: tokens.index(END) + 1] if END in tokens else tokens
+
+    xs, greedy = arrays["xs"], arrays["greedy_tokens"]
+    close(model(xs, greedy[:, :-1], user), arrays["greedy_logits"], EXACT, "greedy_logits")
+    found = official_greedy(model, xs, user, limit=settings["greedy_maxlen"])
+    assert found == [until_end(row) for row in greedy[:, 1:].tolist()]
+    beams = {name: tuple(map(int, m.groups())) for name in arrays if (m := BEAM.fullmatch(name))}
+    assert len(beams) == sum(name.startswith("beam") for name in arrays) / 2
+    for name, (dialog, beam_size, min_length, min_n_best, block_ngram) in beams.items():
+        options = {"beam_size": beam_size, "min_length": min_length, "min_n_best": min_n_best}
+        found = official_beam(
+            model, xs, user, limit=settings["max_ts"], block_ngram=block_ngram, **options
+        )
+        assert [START, *found[dialog].tokens.tolist()] == arrays[name].tolist(), name
+        score = arrays[name.replace(":tokens", ":score")].item()
+        assert found[dialog].score == pytest.approx(score, rel=EXACT), name
+
+
+def check_dialog_settings(path: Path, data: dict[str, Any], _: Path | None) -> None:
+    # The settings of the arrays beside it, whose test reads them.
+    assert path.with_suffix(".npz").is_file()
+    assert data["opt"]["n_entity"] > 0
+
+
+def check_distinct(path: Path, data: dict[str, Any], _: Path | None) -> None:
+    responses = [line.split() for line in data["lines"]]
+    for n, expected in data["expected_official"].items():
+        score = distinct_per_response(responses, int(n))
+        assert score.value == pytest.approx(expected["per_response"], rel=1e-15)
+        assert score.value * score.n == pytest.approx(expected["count"], rel=1e-15)
+        ratio = distinct_n(responses, int(n))
+        assert ratio.value == pytest.approx(data["also"][n]["ratio_over_ngrams"], rel=1e-15)
+        assert ratio.n == data["also"][n]["total_ngrams"]
+
+
 Check = Callable[[Path, Any, Path | None], None]
 # Names that a file of a kind has.
 KINDS: dict[frozenset[str], Check] = {
@@ -187,4 +352,7 @@ KINDS: dict[frozenset[str], Check] = {
     frozenset({"log_probs", "x", "y"}): check_autorec,
     frozenset({"movie_ids", "scores", "labels"}): check_recall,
     frozenset({"edges_sha256_int32_rows_sorted"}): check_real_graph,
+    frozenset({"xs", "ys", "greedy_tokens", "vocab_bias"}): check_dialog,
+    frozenset({"opt", "specials", "vocab"}): check_dialog_settings,
+    frozenset({"lines", "expected_official"}): check_distinct,
 }

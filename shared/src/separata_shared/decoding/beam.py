@@ -119,7 +119,6 @@ def beam_search(
     check_lengths(first_tokens, max_lengths, min_length)
     results = _Results(len(max_lengths), enough or (lambda finished, _: finished >= beam_size))
     length_penalty = power_penalty(1.0) if length_penalty is None else length_penalty
-    device = first_tokens.device
     sentences = list(range(len(max_lengths)))  # those still searched
     limits = torch.tensor(max_lengths, device=first_tokens.device)
     tokens = first_tokens.new_empty(len(sentences), 0)  # (N, t)
