@@ -1,4 +1,4 @@
-"""ReDial's dialogs and film table as they are published, and the turn pairs that KBRD makes of them.
+"""ReDial's dialogs and films as they are published, and the turn pairs that KBRD makes of them.
 
 A dialog is one line of JSON; the *seeker* began it (``initiatorWorkerId``), the *recommender*
 answers (``respondentWorkerId``). A film in a message is ``@`` and its identifier. Any catalogue
@@ -157,9 +157,7 @@ def _pairs(messages: Sequence[Message]) -> Iterator[tuple[list[str], list[str]]]
         yield asked, []
 
 
-def _replace_items(
-    text: str, node_of_item: Mapping[str, int], slot: str
-) -> tuple[str, list[int]]:
+def _replace_items(text: str, node_of_item: Mapping[str, int], slot: str) -> tuple[str, list[int]]:
     """Put ``slot`` in the place of each known item and nothing in the place of others."""
     nodes: list[int] = []
 
@@ -224,9 +222,15 @@ def parse_dialog(value: Any) -> Dialog:
     )
     messages = []
     for number, message in enumerate(_field(value, "messages", (list,)), start=1):
-        sender, text = _field(message, "senderWorkerId", (int, str)), _field(message, "text", (str,))
+        sender, text = (
+            _field(message, "senderWorkerId", (int, str)),
+            _field(message, "text", (str,)),
+        )
         if sender not in (seeker, recommender):
             raise ValueError(f"message {number} is from {sender!r}, who is neither of the two")
+        if not text.isascii():
+            # JSON can hold halves of characters, which no file of text can.
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         messages.append(Message("seeker" if sender == seeker else "recommender", text))
     names = _mapping(value, "movieMentions")
     return Dialog(

@@ -23,12 +23,13 @@ SLOT = "__item__"
 
 Slots = Literal["separate", "shared"]
 
-_FULL_STOP = re.compile(r"""(?<!\S)(\S*[^.\s])\.[\])}>"'»”’]*(?=\s)""")
+_FULL_STOP = re.compile(r"""(?<!\S)(\S*[^.\s])\.[\])}>"'\u00bb\u201d\u2019]*(?=\s)""")
 # Words whose full stop does not end a sentence, beside single letters and numbers.
-_ABBREVIATIONS = frozenset(
-    "a.k.a a.m approx capt co col corp dept dr e.g est etc fig gen gov i.e inc jr lt ltd mr mrs ms "
-    "no p.m prof rep sen sgt sr st u.k u.s u.s.a vol vs".split()
-)
+_ABBREVIATIONS = """
+a.k.a a.m approx capt co col corp dept dr e.g est etc fig gen gov i.e inc jr lt ltd mr mrs ms p.m
+prof rep sen sgt sr st u.k u.s u.s.a vol vs
+"""
+_KEEP_THE_STOP = frozenset(_ABBREVIATIONS.split())
 
 
 def split_words(text: str) -> list[str]:
@@ -53,8 +54,8 @@ def join_words(words: Sequence[str]) -> str:
 def _sentences(text: str) -> Iterable[str]:
     start = 0
     for stop in _FULL_STOP.finditer(text):
-        word = stop[1].lstrip("""([{<"'«“‘""")
-        if len(word) > 1 and not word.isdigit() and word not in _ABBREVIATIONS:
+        word = stop[1].lstrip("([{<\"'\u00ab\u201c\u2018")
+        if len(word) > 1 and not word.isdigit() and word not in _KEEP_THE_STOP:
             yield text[start : stop.end()]
             start = stop.end()
     yield text[start:]
