@@ -4,7 +4,7 @@ A YAML file holds one group per dataclass: ``data``, ``recommender``, ``dialog``
 ``TrainConfig``, ``train`` for the recommender and ``train_dialog`` for the dialog model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Aggregate = Literal["sum", "mean"]
@@ -12,14 +12,83 @@ Aggregate = Literal["sum", "mean"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which dialogs and which knowledge graph."""
+    """Which dialogs and which knowledge graph, and how they become numbers."""
 
     dataset: Literal["tiny", "sample", "redial"] = "tiny"
     """``tiny`` is made; ``sample`` is MovieLens-100k out of a pip package, its dialogs phrased from
-    real ratings; ``redial`` is a directory of the official files."""
+    real ratings; ``redial`` is a directory of dialogs as ReDial writes them, and a graph."""
+
+    raw: str = "data/redial"
+    """Directory of the downloaded files, for ``redial``. Each may be compressed (``.gz``, ``.xz``);
+    dialogs may also be inside ``redial_dataset.zip``."""
+
+    prepared: str = "prepared/redial"
+    """Directory that ``prepare`` writes and the other commands read; ``tiny`` needs none."""
+
+    train_files: list[str] = field(default_factory=lambda: ["train_data.jsonl"])
+    """Training dialogs in ``raw``."""
+
+    valid_files: list[str] = field(default_factory=list)
+    """Validation dialogs in ``raw``; without any, some training dialogs are taken."""
+
+    test_files: list[str] = field(default_factory=lambda: ["test_data.jsonl"])
+    """Test dialogs in ``raw``."""
+
+    train_share: float = 0.9
+    """Share of the training dialogs that stays for training if there are no ``valid_files``."""
+
+    split_seed: int = 1
+    """Seed of the choice of validation dialogs, or of the made data."""
+
+    graph: Literal["auto", "npz", "pickles", "tsv", "dbpedia"] = "auto"
+    """Form of the graph in ``raw``: numbers in an array, the authors' pickles, a table of names, or
+    the dumps of DBpedia to build it from. ``auto`` takes the first that is there."""
+
+    self_loop: int | None = None
+    """Number of the relation between a node and itself, if the graph's files do not name it; by
+    default the one with most triples of a node with itself."""
+
+    threshold: int = 1000
+    """A relation needs more edges than this."""
+
+    links: Literal["names", "table", "spotlight", "none"] = "names"
+    """How messages are linked to nodes: by the names of the nodes, by a table in ``raw``, by a
+    DBpedia Spotlight service, or not at all."""
+
+    link_table: str = "text_dict.pkl"
+    """With ``table``: the file in ``raw``, JSON from text to URIs or the authors' pickle."""
+
+    spotlight_url: str = ""
+    """With ``spotlight``: address of the service; messages are sent there."""
+
+    slots: Literal["separate", "shared"] = "separate"
+    """Whether an item and an unknown word in a text are two tokens, or one as in the authors'
+    code."""
+
+    tiny_dialogs: int = 240
+    """Training dialogs of the made data; a quarter as many for each other part."""
+
+    tiny_items: int = 48
+    """Items of the made data."""
+
+    sample_dialogs: int = 2000
+    """Most dialogs of the sample, all parts together."""
 
     def __post_init__(self) -> None:
         """Check what the types cannot say."""
+        for name in ("tiny_dialogs", "tiny_items", "sample_dialogs"):
+            if getattr(self, name) < 16:
+                raise ValueError(f"data.{name}: must be at least 16, got {getattr(self, name)}")
+        if self.threshold < 0:
+            raise ValueError(f"data.threshold: must not be negative, got {self.threshold}")
+        if not 0 < self.train_share < 1:
+            raise ValueError(f"data.train_share: must be in (0, 1), got {self.train_share}")
+        if self.split_seed < 0:
+            raise ValueError(f"data.split_seed: must not be negative, got {self.split_seed}")
+        if not (self.train_files and self.test_files):
+            raise ValueError("data.train_files, data.test_files: name at least one file each")
+        if (self.links == "spotlight") != bool(self.spotlight_url):
+            raise ValueError("data.spotlight_url: is needed with links: spotlight, and only then")
 
 
 @dataclass(frozen=True, kw_only=True)

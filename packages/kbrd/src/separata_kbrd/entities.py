@@ -126,8 +126,11 @@ class NameLinker:
 
 def name_linker(graph: KnowledgeGraph) -> NameLinker:
     """The linker of a graph's nodes."""
-    degrees = np.bincount(graph.edges[:, 0], minlength=graph.num_nodes)
-    return NameLinker(graph.nodes, degrees=degrees.tolist(), items=graph.items.tolist())
+    return NameLinker(
+        graph.nodes,
+        degrees=np.bincount(graph.edges[:, 0], minlength=graph.num_nodes).tolist(),
+        items=graph.items.tolist(),
+    )
 
 
 def spotlight_linker(

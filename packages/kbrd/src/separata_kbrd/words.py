@@ -110,8 +110,12 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Token numbers of a text, without an end; other words become the unknown word."""
+        return self.numbers(split_words(text))
+
+    def numbers(self, words: Iterable[str]) -> list[int]:
+        """Numbers of lower-case tokens; other words become the unknown word."""
         number = self._number
-        return [number.get(word, UNK) for word in split_words(text)]
+        return [number.get(word, UNK) for word in words]
 
     def decode(self, tokens: Iterable[int]) -> list[str]:
         """Tokens up to the first end, without padding and start.
@@ -158,13 +162,17 @@ class Vocabulary:
             raise ValueError(f"{path}: not a usable vocabulary ({error})") from None
 
 
-def learn_vocabulary(texts: Iterable[str], *, slots: Slots) -> Vocabulary:
-    """The vocabulary of a training text: every word, by falling count, ties in their order.
+def learn_vocabulary(texts: Iterable[Sequence[str]], *, slots: Slots) -> Vocabulary:
+    """The vocabulary of training texts: every word, by falling count, ties in their order.
+
+    Args:
+        texts: Words of each text, as ``split_words`` gives them.
+        slots: Whether an item and an unknown word are two tokens or one.
 
     Raises:
-        ValueError: The text has no word.
+        ValueError: The texts have no word.
     """
-    counts = Counter(word for text in texts for word in split_words(text))
+    counts = Counter(word for words in texts for word in words)
     for mark in (*SPECIALS, SLOT):
         del counts[mark]
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
