@@ -111,7 +111,10 @@ def baselines(corpus: Corpus, config: RecommenderConfig, run: Path) -> dict[str,
 
 
 def summarise(
-    *, runs: list[Path], output: Path = Path("summary.json"), split: Literal["valid", "test"] = "test"
+    *,
+    runs: list[Path],
+    output: Path = Path("summary.json"),
+    split: Literal["valid", "test"] = "test",
 ) -> dict[str, Any]:
     """Mean and standard deviation over runs that differ in their seed.
 

@@ -86,9 +86,7 @@ def train_rec(
         ),
         recommendation_step,
         config=train,
-        run=Run(
-            run / RECOMMENDER, {"data": data, "recommender": recommender, "train": train}
-        ),
+        run=Run(run / RECOMMENDER, {"data": data, "recommender": recommender, "train": train}),
         evaluate=validation(corpus, recommender, frozen_scorer),
     )
 
@@ -133,9 +131,7 @@ def frozen_scorer(model: nn.Module) -> Scorer:
     """A recommender in training as it is now, its node vectors computed once."""
     assert isinstance(model, Recommender)
     frozen = model.frozen()
-    return lambda batch: frozen(
-        batch.nodes.to(frozen.H.device), batch.mask.to(frozen.H.device)
-    )
+    return lambda batch: frozen(batch.nodes.to(frozen.H.device), batch.mask.to(frozen.H.device))
 
 
 def autorec_of(model: nn.Module) -> Scorer:
