@@ -1,5 +1,6 @@
 """The command ``prepare``: from raw files to the directory that ``data.load`` reads."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from separata_shared.data.prepared import new_directory, seal
@@ -8,10 +9,13 @@ from separata_shared.files import need_file, sha256
 from .config import DataConfig
 from .corpus import Source, counts_of, make_corpus, save_corpus
 from .data import settings
+from .dbpedia import FACTS, has_dumps, read_dumps
 from .entities import name_linker, nodes_of, read_link_table, spotlight_linker, table_linker
 from .graph import Catalogue, Triples, build_graph
 from .graph_files import Graph, has_npz, has_tsv, read_npz, read_tsv
+from .pickles import has_pickles, read_link_pickle, read_pickles
 from .redial import Dialog, Link, read_dialogs, split_dialogs
+from .sample import sample
 
 
 def prepare(*, data: DataConfig) -> None:
@@ -51,6 +55,8 @@ def read_source(data: DataConfig) -> Source:
     Raises:
         ValueError: A file is missing, damaged or does not fit the others; the message names it.
     """
+    if data.dataset == "sample":
+        return sample(dialogs=data.sample_dialogs, seed=data.split_seed)
     raw = Path(data.raw)
     if not raw.is_dir():
         raise ValueError(f"{raw}: no such directory; put the raw files there (data.raw)")
@@ -80,17 +86,20 @@ def read_graph(data: DataConfig, raw: Path) -> Graph:
     Raises:
         ValueError: There is none, or it cannot be read; the message names the file.
     """
-    form = data.graph
-    if form == "auto":
-        found = [name for name, is_there in (("npz", has_npz), ("tsv", has_tsv)) if is_there(raw)]
-        if not found:
-            raise ValueError(f"{raw}: holds no graph in a known form")
-        form = found[0]  # type: ignore[assignment]
-    match form:
-        case "npz":
-            return read_npz(raw, data.self_loop)
-        case _:
-            return read_tsv(raw)
+    forms: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Graph]]] = {
+        "npz": (has_npz, lambda folder: read_npz(folder, data.self_loop)),
+        "pickles": (has_pickles, lambda folder: read_pickles(folder, data.self_loop)),
+        "tsv": (has_tsv, read_tsv),
+        "dbpedia": (has_dumps, read_dumps),
+    }
+    if data.graph != "auto":
+        return forms[data.graph][1](raw)
+    for is_there, read in forms.values():
+        if is_there(raw):
+            return read(raw)
+    raise ValueError(
+        f"{raw}: holds no graph: triples.npz, subkg.pkl, graph.tsv or {FACTS} is needed"
+    )
 
 
 def _read_all(raw: Path, names: list[str]) -> tuple[list[Dialog], list[Path]]:
@@ -111,4 +120,5 @@ def _linker(
             return nodes_of(spotlight_linker(data.spotlight_url), triples.nodes), ()
         case "table":
             path = need_file(raw, data.link_table)
-            return nodes_of(table_linker(read_link_table(path)), triples.nodes), (path,)
+            read = read_link_pickle if ".pkl" in path.suffixes else read_link_table
+            return nodes_of(table_linker(read(path)), triples.nodes), (path,)
