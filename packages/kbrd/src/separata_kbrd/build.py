@@ -27,7 +27,7 @@ def build_recommender(config: RecommenderConfig, graph: KnowledgeGraph) -> Recom
         ValueError: The graph's edges do not fit its sizes.
     """
     edges = EdgeIndex(
-        torch.from_numpy(graph.edges),
+        torch.tensor(graph.edges),
         num_nodes=graph.num_nodes,
         num_relations=graph.num_relations,
         normaliser=NORMALISERS[config.aggregate],

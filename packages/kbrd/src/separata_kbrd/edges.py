@@ -21,7 +21,7 @@ def neighbour_sum(target: Tensor, relation: Tensor) -> Tensor:
 def neighbour_mean(target: Tensor, relation: Tensor) -> Tensor:
     """c_{i,r} = 1 / |N_i^r|: a node averages its neighbours of each relation."""
     pair = target * (relation.max() + 1) + relation
-    _, place, counts = pair.unique(return_inverse=True, return_counts=True)
+    _, place, counts = torch.unique(pair, return_inverse=True, return_counts=True)
     return counts[place].double().reciprocal()
 
 

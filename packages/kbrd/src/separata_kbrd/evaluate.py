@@ -67,7 +67,7 @@ def recommender_scores(
 ) -> dict[str, Any]:
     """Recall of the recommender and of what it is compared with, also printed as a table."""
     graph, config = trained.corpus.graph, trained.config
-    items = torch.from_numpy(graph.items)
+    items = torch.tensor(graph.items)
     batches = getattr(trained.corpus, split).recommender_in_order(
         BATCH_PAIRS, mentions=config.mentions
     )
@@ -138,13 +138,10 @@ def summarise(
         if record.keys() != records[0].keys():
             other = sorted(record.keys() ^ records[0].keys())[0]
             raise ValueError(f"{run / name}: differs from {runs[0] / name} in {other}")
-    summary = {
-        "runs": [str(run) for run in runs],
-        "split": split,
-        "scores": {key: _spread([record[key] for record in records]) for key in records[0]},
-    }
+    scores = {key: _spread([record[key] for record in records]) for key in records[0]}
+    summary = {"runs": [str(run) for run in runs], "split": split, "scores": scores}
     write_json(output, summary)
-    for key, value in summary["scores"].items():  # type: ignore[attr-defined]
+    for key, value in scores.items():
         if ".all." in key or ".new." in key:
             std = "" if value["std"] is None else f" ± {value['std']:.2f}"
             print(f"{key:<40}{value['mean']:.2f}{std}")

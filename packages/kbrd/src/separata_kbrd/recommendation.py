@@ -157,7 +157,7 @@ def recalls(rank: Tensor, groups: Mapping[str, Tensor]) -> dict[str, Any]:
     result: dict[str, Any] = {"all": _recalls(rank)}
     for name, group in groups.items():
         result[f"by_{name}"] = {
-            str(number): _recalls(rank[group == number]) for number in group.unique().tolist()
+            str(number): _recalls(rank[group == number]) for number in torch.unique(group).tolist()
         }
     return result
 

@@ -144,7 +144,7 @@ def validation(
     corpus: Corpus, config: RecommenderConfig, scorer: Callable[[nn.Module], Scorer]
 ) -> Callable[[nn.Module], dict[str, float]]:
     """What judges a recommender: loss over all nodes and recall on the validation part."""
-    items = torch.from_numpy(corpus.graph.items)
+    items = torch.tensor(corpus.graph.items)
     batches = corpus.valid.recommender_in_order(EVALUATION_PAIRS, mentions=config.mentions)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
