@@ -14,6 +14,7 @@ from separata_kbrd.config import DialogConfig
 from separata_kbrd.dialog import DialogModel
 from separata_kbrd.diversity import distinct_per_response
 from separata_kbrd.edges import NORMALISERS, EdgeIndex
+from separata_kbrd.entities import nodes_of, table_linker
 from separata_kbrd.graph import edge_list
 from separata_kbrd.model import (
     AutoRec,
@@ -23,8 +24,9 @@ from separata_kbrd.model import (
     initialise_uniform,
     recommendation_loss,
 )
-from separata_kbrd.pairs import pad_nodes
+from separata_kbrd.pairs import Part, pad_nodes
 from separata_kbrd.recommendation import recalls
+from separata_kbrd.redial import parse_dialog, turn_pairs
 from separata_kbrd.replies import reply_loss
 from separata_kbrd.search import official_beam, official_greedy
 from separata_kbrd.words import END, NULL, SPECIALS, START, UNK
@@ -344,6 +346,46 @@ def check_distinct(path: Path, data: dict[str, Any], _: Path | None) -> None:
         assert ratio.n == data["also"][n]["total_ngrams"]
 
 
+def check_edges(path: Path, data: dict[str, Any], _: Path | None) -> None:
+    triples = [(int(head), r, tail) for head, known in data["kg"].items() for r, tail in known]
+    edges, kept = edge_list(
+        triples,
+        num_nodes=data["n_entity"],
+        self_loop=data["self_loop_relation"],
+        threshold=data["threshold"],
+    )
+    assert edges.tolist() == data["expected_edges"]
+    assert len(edges) == data["expected_n_edges"]
+    assert len(kept) == data["expected_n_relation"]
+
+
+def check_instances(path: Path, data: dict[str, Any], _: Path | None) -> None:
+    nodes = data["uri_to_id"]
+    node_of_item = {item: nodes[uri] for item, uri in data["movie_to_uri"].items() if uri in nodes}
+    node_of_item |= data["unlinked_movie_to_id"]
+    link = nodes_of(table_linker(data["text_entities"]), nodes)
+    pairs = [
+        pair
+        for dialog in map(parse_dialog, data["dialogs"])
+        for pair in turn_pairs(dialog, node_of_item, link, slot="__unk__")
+    ]
+    # As they are, and as the flat arrays of a part give them back.
+    for found in (pairs, Part.of(pairs, lambda text: [])):
+        records = [
+            {
+                "new_episode": pair.opens,
+                "text": pair.text,
+                "label": pair.label,
+                "turn": pair.turn,
+                "context_movies": list(pair.context_items),
+                "target_movies": list(pair.targets),
+                "context_entities": list(pair.context_entities),
+            }
+            for pair in found
+        ]
+        assert records == data["expected"]
+
+
 Check = Callable[[Path, Any, Path | None], None]
 # Names that a file of a kind has.
 KINDS: dict[frozenset[str], Check] = {
@@ -351,6 +393,8 @@ KINDS: dict[frozenset[str], Check] = {
     frozenset({"seed_flat", "scores", "edge_type"}): check_recommender,
     frozenset({"log_probs", "x", "y"}): check_autorec,
     frozenset({"movie_ids", "scores", "labels"}): check_recall,
+    frozenset({"kg", "expected_edges"}): check_edges,
+    frozenset({"dialogs", "text_entities", "expected"}): check_instances,
     frozenset({"edges_sha256_int32_rows_sorted"}): check_real_graph,
     frozenset({"xs", "ys", "greedy_tokens", "vocab_bias"}): check_dialog,
     frozenset({"opt", "specials", "vocab"}): check_dialog_settings,

@@ -31,9 +31,8 @@ _PLURALS = ("{}", "{} film", "{} films", "{} movie", "{} movies")
 _SCIENCE_FICTION = ("sci fi", "scifi", "sci fi movie", "sci fi movies")
 
 
-def nodes_of(link: LinkUris, nodes: Sequence[str]) -> Link:
-    """From URIs to nodes; a URI that is not a node is left out."""
-    number = {key: node for node, key in enumerate(nodes)}
+def nodes_of(link: LinkUris, number: Mapping[str, int]) -> Link:
+    """From URIs to nodes, given the node of each key; a URI that is not a node is left out."""
     return lambda text: [number[uri] for uri in link(text) if uri in number]
 
 

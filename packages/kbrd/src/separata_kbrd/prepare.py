@@ -110,6 +110,7 @@ def _read_all(raw: Path, names: list[str]) -> tuple[list[Dialog], list[Path]]:
 def _linker(
     data: DataConfig, raw: Path, triples: Triples, catalogue: Catalogue
 ) -> tuple[Link, tuple[Path, ...]]:
+    number = {key: node for node, key in enumerate(triples.nodes)}
     match data.links:
         case "none":
             return lambda text: (), ()
@@ -117,8 +118,8 @@ def _linker(
             graph = build_graph(triples, catalogue, threshold=data.threshold)
             return name_linker(graph), ()
         case "spotlight":
-            return nodes_of(spotlight_linker(data.spotlight_url), triples.nodes), ()
+            return nodes_of(spotlight_linker(data.spotlight_url), number), ()
         case "table":
             path = need_file(raw, data.link_table)
             read = read_link_pickle if ".pkl" in path.suffixes else read_link_table
-            return nodes_of(table_linker(read(path)), triples.nodes), (path,)
+            return nodes_of(table_linker(read(path)), number), (path,)
