@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from separata_shared.decoding import (
     Hypothesis,
+    any_token,
     beam_search,
     gnmt_penalty,
     greedy_search,
@@ -183,6 +184,85 @@ def test_constraint_sees_the_tokens_and_changes_the_search(make_model) -> None:
     assert any(len(set(each)) < len(each) for each in tokens(free)[0] + tokens(free)[1])
 
 
+KEPT_PLACES = {"candidates_per_beam": 1, "limit": any_token}
+A, B = 3, 4
+
+
+def test_an_end_that_keeps_its_place_narrows_the_beam() -> None:
+    # EOS is best at once (0.6). It keeps one of two places, so "b", third with 0.1, never enters.
+    model = Chain({EOS: {EOS: 0.6, A: 0.3, B: 0.1}, A: {A: 1.0}, B: {EOS: 1.0}})
+    options = {"beam_size": 2, "max_lengths": [2], "min_length": 0, "limit": any_token}
+    both = {"enough": lambda finished, best_ended: finished >= 2}
+    assert [B, EOS] in tokens(search(model, [0], **options, **both))[0]
+    kept = search(model, [0], **options, **both, candidates_per_beam=1)
+    assert tokens(kept) == [[[EOS]]]
+
+
+def test_enough_sees_whether_an_end_was_ever_best() -> None:
+    # The end is second at the first step and best at the second.
+    model = Chain({EOS: {A: 0.6, EOS: 0.4}, A: {EOS: 0.9, A: 0.1}})
+    seen = []
+
+    def enough(finished: int, best_ended: bool) -> bool:
+        seen.append((finished, best_ended))
+        return best_ended and finished >= 2
+
+    options = {"beam_size": 2, "min_length": 0, "enough": enough}
+    found = search(model, [0], length_penalty=power_penalty(0.0), **options, **KEPT_PLACES)
+    assert tokens(found) == [[[A, EOS], [EOS]]]
+    assert {(1, False), (2, True)} <= set(seen)
+
+
+def test_what_never_ends_gets_its_last_token_overwritten() -> None:
+    model = Chain({EOS: {A: 0.9, B: 0.1}, A: {B: 1.0}, B: {A: 1.0}})
+    found = search(model, [0, 1], beam_size=2, max_lengths=[2, 3], **KEPT_PLACES)
+    assert tokens(found) == [[[A, B, EOS]], [[A, B, A, EOS]]]
+    # The score is that of the token that stood there: 0.9 * 1 * 1, over three tokens.
+    assert found[0][0].score == pytest.approx(torch.tensor(0.9).log().item() / 3, abs=1e-5)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    sentences=st.lists(st.integers(0, 7), min_size=1, max_size=4, unique=True),
+    beam_size=st.integers(1, 5),
+    wanted=st.integers(1, 4),
+    min_length=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_kept_places_do_not_depend_on_the_batch(
+    make_model, seed: int, sentences: list[int], beam_size: int, wanted: int, min_length: int
+) -> None:
+    sentences.sort()
+    options = {
+        **KEPT_PLACES,
+        "beam_size": beam_size,
+        "min_length": min_length,
+        "enough": lambda finished, best_ended: best_ended and finished >= wanted,
+    }
+    model = make_model(seed=seed)
+    together = search(model, sentences, **options)
+    assert all(each[0].tokens[-1] == EOS for each in together)
+    alone = [search(model, [sentence], **options)[0] for sentence in sentences]
+    assert tokens(together) == tokens(alone)
+
+
+def test_scores_of_doubles_are_doubles(make_model) -> None:
+    model = make_model(seed=1)
+    model.by_place, model.by_sentence = model.by_place.double(), model.by_sentence.double()
+    for each in search(model, [2])[0]:
+        expected = sum(model.score(2, each.tokens.tolist())) / len(each.tokens)
+        assert each.score == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_a_padding_token_every_token_can_be_generated() -> None:
+    model = Chain({EOS: {PAD: 1.0}, PAD: {PAD: 0.4, EOS: 0.6}})
+    options = {"max_lengths": [3], "eos_index": EOS, "padding_index": None}
+    first = torch.tensor([EOS])
+    beam = beam_search(model.step, model, first, beam_size=1, **options)
+    greedy = greedy_search(model.step, model, first, **options)
+    assert beam[0][0].tokens.tolist() == greedy[0].tolist() == [PAD, EOS]
+
+
 def test_penalties() -> None:
     # Wu et al. 2016, Eq. 14: ((5 + 7) / 6)^0.6 = 2^0.6.
     assert gnmt_penalty(0.6)(7) == pytest.approx(1.5157166)
@@ -198,6 +278,7 @@ def test_no_sentences_give_no_results(make_model: Callable) -> None:
     ("options", "message"),
     [
         ({"beam_size": 0}, "beam_size must be at least 1"),
+        ({"candidates_per_beam": 3}, "candidates_per_beam must be 1 or 2"),
         ({"max_lengths": [3]}, "one number for each of the 2 sentences"),
         ({"max_lengths": [3, 1], "min_length": 2}, r"at least min_length \(2\)"),
     ],

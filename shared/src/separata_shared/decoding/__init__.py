@@ -2,10 +2,14 @@
 
 from separata_shared.decoding.beam import (
     Constrain,
+    Enough,
     Hypothesis,
     LengthPenalty,
+    Limit,
+    any_token,
     beam_search,
     gnmt_penalty,
+    only_ends,
     power_penalty,
 )
 from separata_shared.decoding.sampling import greedy_search, sample
@@ -13,13 +17,17 @@ from separata_shared.decoding.step import State, Step
 
 __all__ = [
     "Constrain",
+    "Enough",
     "Hypothesis",
     "LengthPenalty",
+    "Limit",
     "State",
     "Step",
+    "any_token",
     "beam_search",
     "gnmt_penalty",
     "greedy_search",
+    "only_ends",
     "power_penalty",
     "sample",
 ]

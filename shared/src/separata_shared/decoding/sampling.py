@@ -7,6 +7,8 @@ from torch import Tensor
 
 from separata_shared.decoding.step import StateT, Step, check_lengths
 
+_AFTER_THE_END = -1  # no token
+
 
 def greedy_search(
     step: Step[StateT],
@@ -15,7 +17,7 @@ def greedy_search(
     *,
     max_lengths: Sequence[int],
     eos_index: int,
-    padding_index: int,
+    padding_index: int | None,
     min_length: int = 1,
 ) -> list[Tensor]:
     """Take the most probable token at every step; equals beam search with one beam.
@@ -26,7 +28,7 @@ def greedy_search(
         first_tokens: ``(B,)`` what the decoder reads first, such as EOS; not part of the results.
         max_lengths: Most tokens per sentence, EOS not counted.
         eos_index: Token that ends a sequence.
-        padding_index: Token that is never generated.
+        padding_index: Token that is never generated; None for no such token.
         min_length: Fewest tokens, EOS not counted.
 
     Returns:
@@ -54,7 +56,7 @@ def sample(
     *,
     max_lengths: Sequence[int],
     eos_index: int,
-    padding_index: int,
+    padding_index: int | None,
     min_length: int = 1,
     top_k: int | None = None,
     top_p: float = 1.0,
@@ -69,7 +71,7 @@ def sample(
         first_tokens: ``(B,)`` what the decoder reads first, such as EOS; not part of the results.
         max_lengths: Most tokens per sentence, EOS not counted.
         eos_index: Token that ends a sequence.
-        padding_index: Token that is never generated.
+        padding_index: Token that is never generated; None for no such token.
         min_length: Fewest tokens, EOS not counted.
         top_k: Draw from the k most probable tokens only; None for all.
         top_p: Draw from the fewest tokens whose probabilities reach this sum (Holtzman et al.
@@ -120,7 +122,7 @@ def _generate(
     choose: Callable[[Tensor], Tensor],
     max_lengths: Sequence[int],
     eos_index: int,
-    padding_index: int,
+    padding_index: int | None,
     min_length: int,
 ) -> list[Tensor]:
     """Extend every sentence by ``choose(logits (B, V))`` until it ends."""
@@ -128,8 +130,8 @@ def _generate(
     device = first_tokens.device
     sentences = torch.arange(len(max_lengths), device=device)  # those that have not ended
     limits = torch.tensor(max_lengths, device=device)
-    never = torch.tensor([padding_index], device=device)
-    not_yet = torch.tensor([padding_index, eos_index], device=device)
+    never = torch.tensor([] if padding_index is None else [padding_index], device=device).long()
+    not_yet = torch.cat((never, never.new_tensor([eos_index])))
     columns = []
     tokens = first_tokens
     for t in range(max(max_lengths, default=-1) + 1):
@@ -137,7 +139,7 @@ def _generate(
         tokens = choose(step(tokens, state).index_fill(1, banned, -torch.inf))
         if t >= min(max_lengths):
             tokens = tokens.where(limits > t, eos_index)
-        column = first_tokens.new_full((len(max_lengths),), padding_index)
+        column = first_tokens.new_full((len(max_lengths),), _AFTER_THE_END)
         columns.append(column.index_copy(0, sentences, tokens))
         going = (tokens != eos_index).cpu().nonzero().squeeze(1)  # the one synchronisation
         if not len(going):
@@ -148,5 +150,4 @@ def _generate(
             state.reorder(going, going)
     if not columns:
         return []
-    # Padding is never generated, so it marks what comes after the end.
-    return [row[row != padding_index] for row in torch.stack(columns, dim=1).cpu()]
+    return [row[row != _AFTER_THE_END] for row in torch.stack(columns, dim=1).cpu()]

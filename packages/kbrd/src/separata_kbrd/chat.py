@@ -1,0 +1,76 @@
+"""A conversation in the terminal: the verb ``chat``."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .conversation import Conversation, Turn
+from .system import load_system
+
+GREETING = "Tell me what you like; I recommend something. Ctrl-D ends."
+
+
+def chat(
+    *,
+    run: Path = Path("runs/tiny"),
+    beam: int | None = None,
+) -> None:
+    """Talk with the system in the terminal.
+
+    What you type goes to the models and nowhere else.
+
+    Args:
+        run: Run directory.
+        beam: Hypotheses kept for each answer; default: the run's.
+
+    Raises:
+        ValueError: The run cannot be read.
+    """
+    system = load_system(run, beam=beam)
+    talk(Conversation(system), system.item_names, read=read_line, write=print)
+
+
+def read_line() -> str | None:
+    """A line of standard input; None at its end. Bytes that are no text become signs for that."""
+    sys.stdout.write("you: ")
+    sys.stdout.flush()
+    line = sys.stdin.buffer.readline()
+    return line.decode("utf-8", errors="replace").rstrip("\r\n") if line else None
+
+
+def talk(
+    conversation: Conversation,
+    names: dict[int, str],
+    *,
+    read: Callable[[], str | None],
+    write: Callable[[str], object],
+) -> None:
+    """Answer lines until they end or Ctrl-C comes.
+
+    Args:
+        conversation: Answers.
+        names: Names of the items by node.
+        read: Gives a line; None ends the conversation.
+        write: Shows a line.
+    """
+    write(GREETING)
+    try:
+        while (line := read()) is not None:
+            for shown in lines_of(conversation.say(line), names):
+                write(shown)
+    except KeyboardInterrupt:
+        pass
+    write("\nBye.")
+
+
+def lines_of(turn: Turn, names: dict[int, str]) -> list[str]:
+    """A turn as lines of text."""
+    lines = [f"     {note}" for note in turn.notes]
+    lines.append(f"bot: {turn.text}")
+    lines += [f"     {number}. {name}" for number, name in enumerate(turn.choices, start=1)]
+    if turn.heard:
+        lines.append(f"     (you mentioned {', '.join(turn.heard)})")
+    if turn.reply is not None and not turn.reply.items:
+        suggested = ", ".join(names[node] for node in turn.reply.suggestions[:3])
+        lines.append(f"     (my best so far: {suggested})")
+    return lines

@@ -1,0 +1,77 @@
+import io
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from separata_kbrd.__main__ import PACKAGE, VERBS
+from separata_shared.cli import main
+from separata_shared.testing.parity import goldens_option, pytest_generate_tests
+
+__all__ = ["pytest_addoption", "pytest_generate_tests"]
+
+_goldens = goldens_option(Path(__file__).parent / "goldens")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    _goldens(parser)
+    parser.addoption(
+        "--real-graph",
+        type=Path,
+        default=None,
+        help="folder with the subkg_triples.npz of KBRD's graph, for the checks that need it",
+    )
+
+
+@pytest.fixture
+def real_graph(request: pytest.FixtureRequest) -> Path | None:
+    """Folder of KBRD's graph; it is real data and not part of this repository."""
+    folder: Path | None = request.config.getoption("--real-graph")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small models are fastest on one thread, and the order of additions is then fixed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    output: str
+    errors: str
+
+    def refused(self, *words: str) -> None:
+        """Check for exit status 2 and a last line that names what is at fault."""
+        assert self.status == 2, self
+        assert "Traceback" not in self.errors
+        last = self.errors.strip().splitlines()[-1]
+        assert last.startswith("separata-kbrd: error: "), self
+        assert [word for word in words if word not in last] == [], last
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Run the program with arguments, in this process and in the test's own directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, stdin: str = "") -> Outcome:
+        stream = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stream)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(VERBS, package=PACKAGE, arguments=[str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return Outcome(int(left.value.code or 0), printed.out, printed.err)
+
+    return run
