@@ -87,8 +87,7 @@ class FixedCache:
         """Return the keys and values of ``source (B, S, M)``, projecting it only once."""
         if self._known is None:
             keys, values = project(source)
-            # Heads apart in memory: products would otherwise copy them at every step.
-            self._known = keys.contiguous(), values.contiguous()
+            self._known = keys.contiguous(), values.contiguous()  # or each step copies them
         return self._known
 
     def keep(self, sentences: Tensor) -> None:
