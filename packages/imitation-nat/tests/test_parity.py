@@ -120,10 +120,8 @@ def check_interpolation(config: Config, arrays: Arrays) -> None:
 
 def check_soft_copy(config: Config, arrays: Arrays) -> None:
     source, target = masks(arrays, arrays["copied"].size(1))
-    if "tau" in config:
-        kind, scale = soft_absolute, config["tau"]
-    else:
-        kind, scale = soft_relative, config["temp"]
+    kind = soft_absolute if "tau" in config else soft_relative
+    scale = config["tau" if "tau" in config else "temp"]
     if "weights" in arrays:
         weights = kind(source, target, torch.tensor(scale))
         assert_close(weights[target], arrays["weights"][target], COPY, "weights")
@@ -346,30 +344,18 @@ def check_nat_decode(config: Config, arrays: Arrays) -> None:
     rescorer = load(build_teacher, heads, prefixed(arrays, "teacher.w."))
     source = arrays["src_tokens"]
     for size in config["beams"]:
-        translate = partial(
-            parallel_decode,
-            model,
-            source,
-            lengths=partial(beam_lengths, size),
-            words=any_token,
-        )
+        lengths = partial(beam_lengths, size)
+        translate = partial(parallel_decode, model, source, lengths=lengths, words=any_token)
         found = translate(scorer=own_scores)
-        assert_close(
-            found.candidate_lengths[:, size // 2],
-            arrays["predicted_length"],
-            EXACT,
-            "predicted_length",
-        )
+        predicted = found.candidate_lengths[:, size // 2]
+        assert_close(predicted, arrays["predicted_length"], EXACT, "predicted_length")
         same_tokens(found.tokens, arrays[f"beam{size}_tokens"], f"beam{size}_tokens")
-        assert found.scores is not None
         assert_close(found.scores, arrays[f"beam{size}_score"], MODEL, f"beam{size}_score")
         name = f"beam{size}_rerank"
         if f"{name}_tokens" not in arrays:
             continue
         found = translate(scorer=partial(without_start, teacher_scorer(rescorer)))
         same_tokens(found.tokens, arrays[f"{name}_tokens"], f"{name}_tokens")
-        assert found.scores is not None
-        assert found.candidate_scores is not None
         assert_close(found.scores, arrays[f"{name}_score"], MODEL, f"{name}_score")
         every = arrays[f"{name}_all_scores"]
         once = found.candidate_scores > -torch.inf  # equal lengths are scored once here
@@ -405,9 +391,8 @@ def check_mask_predict(config: Config, arrays: Arrays) -> None:
     model = load(build_mask_predictor, config, prefixed(arrays, "w."))
     with torch.no_grad():
         encoding = model.encode(arrays["src_tokens"])
-        lengths = beam_lengths(
-            1, model.predict_length(encoding), model.length, arrays["src_len"]
-        ).flatten()
+        logits = model.predict_length(encoding)
+        lengths = beam_lengths(1, logits, model.length, arrays["src_len"]).flatten()
         found = refine(
             partial(model.decode, encoding),
             framed(lengths),
@@ -477,7 +462,6 @@ def check_codebook(config: Config, arrays: Arrays) -> None:
         z = x.clone().requires_grad_()
         quantized, indices, commitment = codebook(z)
         (0.5 * quantized.sum() + commitment.mean()).backward()
-        assert z.grad is not None
         found = {
             "quantized": quantized,
             "commit_loss": commitment.mean(),

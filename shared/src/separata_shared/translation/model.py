@@ -124,10 +124,7 @@ def _attention(config: TransformerConfig, attend: Attend) -> MultiHeadAttention:
 
 def _feed_forward(config: TransformerConfig, activation: Callable[[Tensor], Tensor]) -> FeedForward:
     return FeedForward(
-        config.width,
-        config.hidden_width,
-        activation=activation,
-        dropout=config.activation_dropout,
+        config.width, config.hidden_width, activation=activation, dropout=config.activation_dropout
     )
 
 
