@@ -3,9 +3,9 @@
 After the two attentions of a layer, and before its feed-forward network, the state r of a position
 gives a distribution over the layer's actions and their mixture, which enters the state:
 
-    pi = softmax(FFN_a(r))          (B, T, K)
-    u  = pi A                       (B, T, M), with the codebook A (K, M)
-    r' = norm(r + u)
+    Eq. 1   pi = softmax(FFN_a(r))          (B, T, K)
+    Eq. 2   u  = pi A                       (B, T, M), with the codebook A (K, M)
+    Eq. 3   r' = norm(r + u)
 
 Shapes: ``B`` batch, ``T`` target length, ``K`` actions, ``M`` width, ``L`` layers with actions.
 """
@@ -92,7 +92,7 @@ class Codebook(nn.Module):
 
 
 class SoftActions(nn.Module):
-    """Every state mixes all actions (section 1.2 of the paper's method).
+    """Every state mixes all actions, as in the paper: none is chosen.
 
     Args:
         width: Model width ``M``.
@@ -109,7 +109,8 @@ class SoftActions(nn.Module):
         scores = self.scores(r)
         if trace is not None:
             trace.add(scores.float().log_softmax(dim=-1))
-        u: Tensor = scores.softmax(dim=-1) @ self.codebook.A
+        pi = scores.softmax(dim=-1)  # Eq. 1
+        u: Tensor = pi @ self.codebook.A  # Eq. 2
         return u
 
 
@@ -210,7 +211,7 @@ class ActionLayer(DecoderLayer):
     ) -> Tensor:
         """Run the layer; arguments of ``DecoderLayer``, and where to leave the distribution."""
         r = self.attend(x, memory, memory_mask=memory_mask, self_mask=self_mask, cache=cache)
-        r = self.action_residual(r, lambda y: self.combine(y, self.action(y, trace)))
+        r = self.action_residual(r, lambda y: self.combine(y, self.action(y, trace)))  # Eq. 3
         output: Tensor = self.feed_forward_residual(r, self.feed_forward)
         return output
 

@@ -59,7 +59,7 @@ class LengthHead(nn.Module):
         """Logits ``(B, C)`` from encoder states ``(B, S, M)`` and their mask ``(B, S)``."""
         real = mask[:, :, None].to(states.dtype)
         mean = (self.read(states) * real).sum(dim=1) / real.sum(dim=1)
-        logits: Tensor = self.projection(mean)
+        logits: Tensor = self.projection(mean)  # Eq. 6
         return logits
 
     def classes(self, source_lengths: Tensor, target_lengths: Tensor) -> Tensor:

@@ -51,17 +51,17 @@ class BalanceRegulariser(nn.Module):
             self.update(log_pi, mask)
         target = sharpened(log_pi.detach(), self.c[:, None, None]).exp()
         divergence = F.kl_div(log_pi, target, reduction="none").sum(dim=-1)
-        return masked_mean(divergence, mask)
+        return masked_mean(divergence, mask)  # Eq. 9
 
     @torch.no_grad()
     def update(self, log_pi: Tensor, mask: Tensor) -> None:
         """Move c towards the mean of pi over the valid targets of all processes."""
         pi = log_pi.exp() * mask[:, :, None]
-        sums = F.pad(pi.sum(dim=(1, 2)), (0, 1), value=float(0))  # (L, K + 1)
+        sums = F.pad(pi.sum(dim=(1, 2)), (0, 1))  # (L, K + 1)
         sums[:, -1] = mask.sum()
         add_up(sums)
         mean = sums[:, :-1] / sums[:, -1:].clamp(min=1)
-        self.c.lerp_(mean.to(self.c.dtype), 1 - self.decay)
+        self.c.lerp_(mean.to(self.c.dtype), 1 - self.decay)  # Eq. 7
 
 
 def sharpened(log_pi: Tensor, frequency: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def sharpened(log_pi: Tensor, frequency: Tensor) -> Tensor:
     """
     # An action that is never used has no share of pi either; the floor keeps 0 / 0 away.
     floor = torch.finfo(frequency.dtype).tiny
-    return (2 * log_pi - frequency.clamp(min=floor).log()).log_softmax(dim=-1)
+    return (2 * log_pi - frequency.clamp(min=floor).log()).log_softmax(dim=-1)  # Eq. 8
 
 
 def student_t(z: Tensor, centres: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def imitation_loss(log_pi_demonstrator: Tensor, log_pi_learner: Tensor, mask: Te
             f"positions, actions), the demonstrator's {tuple(log_pi_demonstrator.shape)}"
         )
     target = log_pi_demonstrator.detach().exp()
-    return masked_mean(-(target * log_pi_learner).sum(dim=-1), mask)
+    return masked_mean(-(target * log_pi_learner).sum(dim=-1), mask)  # Eq. 10
 
 
 def word_loss(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:

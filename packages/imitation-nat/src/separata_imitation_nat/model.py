@@ -1,16 +1,27 @@
 """Imitation learning for non-autoregressive translation.
 
 Wei, Wang, Zhou, Lin, Xie, Sun: "Imitation Learning for Non-Autoregressive Neural Machine
-Translation", ACL 2019, arXiv:1906.02041. No code of the authors exists, and not every formula could
-be checked against the paper: the README says which are confirmed, remembered or inferred.
+Translation", ACL 2019, arXiv:1906.02041. No code of the authors exists. Marks say how sure we are:
+C confirmed by the abstract, later papers or public code; U known of the paper, but not checked
+against a copy of it; I inferred. The numbers of the equations are ours.
 
-Three models share one set of parts, and the names of their parameters:
+Three models share one set of parts, and the names of their parameters: the *teacher*, a plain
+Transformer, distils the targets and scores candidates; the *demonstrator* is a Transformer that
+emits a distribution over K actions at every position of every layer; the *learner* has the same
+decoder without the causal mask, reads a copy of the source and learns to emit the same actions.
 
-    Teacher        a plain Transformer; distils the targets and scores candidates
-    Demonstrator   a Transformer that emits, at every position of every layer, a distribution over
-                   K actions:  r = cross-attention output, pi = softmax(FFN_a(r)), u = pi A
-    Learner        the same decoder without the causal mask; it reads a soft copy of the source
-                   y_j = sum_i w_ij H_i and learns to emit the demonstrator's pi
+    Eq. 1   pi = softmax(FFN_a(r))                    actions of a state r    U   actions.py
+    Eq. 2   u = pi A                                  action vector           U   actions.py
+    Eq. 3   r' = norm(r + u)                          new state               I   actions.py
+    Eq. 4   w_ij = softmax_i(-|i - j| / tau)          soft copy               U   source_copy.py
+    Eq. 5   y_j = sum_i w_ij H_i                      decoder input           U   source_copy.py
+    Eq. 6   p(T - S) = softmax(W mean_i H_i)          length                  C   length.py
+    Eq. 7   c <- alpha c + (1 - alpha) mean(pi)       use of the actions      U   losses.py
+    Eq. 8   pi'_k ~ pi_k^2 / c_k                      balanced target         U   losses.py
+    Eq. 9   L_pi = KL(pi' || pi)                      balance                 U   losses.py
+    Eq. 10  L_IL = -sum_k pi_AT,k log pi_NAT,k        imitation               U   losses.py
+    Eq. 11  L_AT* = L_CE + lambda_1 L_pi              demonstrator            U   objective.py
+    Eq. 12  L_NAT* = L_CE + lambda_2 L_IL + L_length  learner                 U   objective.py
 
 T counts the end mark: position t of the learner and step t of the demonstrator both predict y_t, so
 their distributions are compared without a shift.
@@ -130,7 +141,7 @@ class NonAutoregressive(nn.Module):
 
     def predict_length(self, encoding: Encoding) -> Tensor:
         """Logits ``(B, C)`` of the length classes."""
-        logits: Tensor = self.length(encoding.memory, encoding.mask)
+        logits: Tensor = self.length(encoding.memory, encoding.mask)  # Eq. 6
         return logits
 
     def decode_states(
@@ -186,7 +197,7 @@ class Learner(NonAutoregressive):
         Returns:
             Logits ``(N, T, V)``.
         """
-        y = self.copy(encoding.copied, encoding.mask, target_mask)
+        y = self.copy(encoding.copied, encoding.mask, target_mask)  # Eq. 5
         places = target_mask.long() * (UNK - PAD) + PAD  # any real token has a position
         x = self.target.dropout(y + self.target.positions(places))
         return self.decode_states(x, encoding, target_mask, trace=trace)

@@ -1,8 +1,8 @@
-"""What each stage minimises: the losses of the paper put together for a batch (section 1.4).
+"""What each stage minimises: the losses of the paper put together for a batch.
 
 ```
-demonstrator   L_AT*  = L_CE + lambda_1 L_pi
-learner        L_NAT* = L_CE + lambda_2 L_IL + weight L_length
+Eq. 11   demonstrator   L_AT*  = L_CE + lambda_1 L_pi
+Eq. 12   learner        L_NAT* = L_CE + lambda_2 L_IL + weight L_length
 ```
 
 Every term is a mean, over valid target positions or over sentences, times the number of positions:
@@ -45,7 +45,7 @@ def demonstrator_step(
         logits = model(batch.source, batch.decoder_input, trace)
         words, nll = word_loss(logits, batch.target, label_smoothing)
         balance = network.balance(trace.log_pi, real)
-        total = words + objective.balance * balance
+        total = words + objective.balance * balance  # Eq. 11
         if trace.commitment is not None:
             total = total + objective.commitment * trace.commitment[real].mean()
         return _loss(total, real, nll=nll, balance=balance)
@@ -82,7 +82,7 @@ def learner_step(
             with torch.no_grad():
                 _, log_pi = demonstrator.actions(batch.source, batch.decoder_input)
             imitation = imitation_loss(log_pi, output.log_pi, real)
-            total = total + objective.imitation * imitation
+            total = total + objective.imitation * imitation  # Eq. 12
             logged["imitation"] = imitation
         if output.commitment is not None:
             total = total + objective.commitment * output.commitment[real].mean()

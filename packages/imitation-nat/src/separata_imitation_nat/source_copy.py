@@ -37,7 +37,7 @@ def soft_absolute(source_mask: Tensor, target_mask: Tensor, tau: Tensor) -> Tens
     # row finite for any tau: j beyond the end of a sentence is far from all of it.
     last = source_mask.sum(dim=1, dtype=distance.dtype) - 1  # (N)
     nearest = (target - last[:, None]).clamp(min=0)  # (N, T)
-    return _softmax((nearest[:, :, None] - distance) / tau, source_mask)
+    return _softmax((nearest[:, :, None] - distance) / tau, source_mask)  # Eq. 4
 
 
 def soft_relative(source_mask: Tensor, target_mask: Tensor, temperature: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class SoftCopy(nn.Module):
             source_mask.repeat_interleave(groups, dim=0), target_mask, self.log_scale.exp()
         )
         w = w.to(states.dtype).view(len(states), -1, states.size(1))  # (B, G * T, S)
-        return (w @ states).view(*target_mask.shape, -1)
+        return (w @ states).view(*target_mask.shape, -1)  # Eq. 5
 
 
 class UniformCopy(nn.Module):
