@@ -19,7 +19,7 @@ from separata_imitation_nat.config import (
 )
 from separata_imitation_nat.distill import distill
 from separata_imitation_nat.train import train, train_demonstrator, train_teacher
-from separata_shared.cli import main
+from separata_shared.cli import main, to_yaml
 from separata_shared.testing.parity import goldens_option, pytest_generate_tests
 from separata_shared.training import TrainConfig
 
@@ -56,7 +56,7 @@ def small() -> dict[str, Any]:
             max_tokens=160,
         ),
         "train": TrainConfig(
-            steps=24, lr=5e-3, save_every=8, evaluate_every=8, log_every=8, device="cpu"
+            steps=16, lr=5e-3, save_every=8, evaluate_every=8, log_every=8, device="cpu"
         ),
         "decode": DecodeConfig(beam=3, max_length_constant=4),
         "parallel": ParallelDecodeConfig(radius=1),
@@ -107,3 +107,52 @@ def from_stages(small: dict[str, Any], folder: Path) -> dict[str, Any]:
     """``small`` with earlier stages that stand in ``folder``, which are not made again."""
     stages = {name: folder / name for name in ("teacher", "distilled", "demonstrator")}
     return small | stages
+
+
+@pytest.fixture
+def small_yaml(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration file with the settings of ``small``."""
+    path = tmp_path_factory.mktemp("configs") / "small.yaml"
+    path.write_text(to_yaml(small))
+    return path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    output: str
+    errors: list[str]
+    """Lines on stderr, without progress bars."""
+
+    def refused(self, *words: str) -> None:
+        """Check for exit status 2 and a single line that names what is at fault."""
+        error = f"{PACKAGE.replace('_', '-')}: error: "
+        assert self.status == 2, self
+        assert self.errors[-1].startswith(error), self
+        assert sum(line.startswith(error) for line in self.errors) == 1, self
+        assert not any("Traceback" in line for line in self.errors), self
+        for word in words:
+            assert word in self.errors[-1], self.errors[-1]
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Run the program with arguments, in this process and in the test's own directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, stdin: bytes = b"") -> Outcome:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(VERBS, package=PACKAGE, arguments=[str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        lines = [line for line in printed.err.replace("\r", "\n").splitlines() if line.strip()]
+        return Outcome(
+            int(left.value.code or 0), printed.out, [line for line in lines if "it/s" not in line]
+        )
+
+    return run

@@ -293,8 +293,10 @@ def read_distilled(directory: Path, sources: Sequences) -> list[str]:
     manifest = read_manifest(path)
     if not manifest.get("complete"):
         raise ValueError(f"{directory}: distillation is not complete; run distill again to go on")
-    target = directory / "target.txt"
-    if not target.is_file() or sha256(target) != manifest["files"]["target.txt"]:
+    target, files = directory / "target.txt", manifest.get("files")
+    if not isinstance(files, dict) or "target.txt" not in files:
+        raise ValueError(f"{path}: names no files; run distill again to restore it")
+    if not target.is_file() or sha256(target) != files["target.txt"]:
         raise ValueError(f"{target}: missing or damaged; run distill again to restore it")
     if manifest["settings"].get("source") != fingerprint(sources):
         raise ValueError(f"{directory}: was made from another source; distill this data")

@@ -180,24 +180,23 @@ def train(
     settings: dict[str, Any] = {"model": model, "data": data, "train": train, "decode": decode}
     settings |= {"objective": objective, "label_smoothing": label_smoothing}
     settings["parallel"] = parallel
-    if data.dataset == "tiny":
-        places: dict[str, Any] = {
-            "teacher": teacher,
-            "distilled": distilled,
-            "demonstrator": demonstrator,
-        }
-        earlier_stages({**settings, "stages": stages}, **places)
+    imitates = objective.imitation > 0
+    needed = [demonstrator] if imitates or stages.initialise == "demonstrator" else []
+    needed += [distilled] if stages.targets == "distilled" else []
+    if data.dataset == "tiny" and not all(place.exists() for place in needed):
+        places: dict[str, Any] = {"teacher": teacher, "distilled": distilled}
+        earlier_stages({**settings, "stages": stages}, **places, demonstrator=demonstrator)
     corpus, settings["model"] = load_for(model, data)
     settings["stages"] = replace(stages, teacher_steps=0, demonstrator_steps=0)
     corpus, inputs = training_part(corpus, data, stages, distilled)
     torch.manual_seed(train.seed)
     network = build_learner(settings["model"])
     shown = None
-    if objective.imitation > 0 or stages.initialise == "demonstrator":
+    if demonstrator in needed:
         expert = load_demonstrator(demonstrator)
         expert.target_vocabulary.check(corpus.target_vocabulary.fingerprint, demonstrator)
         inputs["demonstrator"] = expert.weights
-        shown = expert.network if objective.imitation > 0 else None
+        shown = expert.network if imitates else None
     if stages.initialise == "demonstrator":
         initialise(network, expert.network)
     elif stages.initialise == "teacher":
