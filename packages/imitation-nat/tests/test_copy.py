@@ -71,11 +71,11 @@ def test_a_small_tau_copies_and_a_large_tau_averages(pair) -> None:
 
 
 def test_the_smallest_tau_copies_the_last_state_behind_the_end() -> None:
-    # 5 / 2e-38 is beyond float32; without care the whole row would be minus infinity.
-    source, target = length_mask(torch.tensor([3]), 4), torch.ones(1, 9, dtype=bool)
+    # 7 / 2e-38 is beyond float32; without care the whole row would be minus infinity.
+    source, target = length_mask(torch.tensor([3]), 4), torch.ones(1, 12, dtype=bool)
     weights = soft_absolute(source, target, torch.tensor(2e-38))
-    assert weights[0].argmax(dim=-1).tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 2]
-    assert_close(weights.amax(dim=-1), torch.ones(1, 9))
+    assert weights[0].argmax(dim=-1).tolist() == [0, 1, *[2] * 10]
+    assert_close(weights.amax(dim=-1), torch.ones(1, 12))
 
 
 def test_the_absolute_copy_follows_the_formula() -> None:
