@@ -1,4 +1,4 @@
-"""Draws ``kernels.png`` from the timings of ``shared/benchmarks/attention.py``, suite ``full``."""
+"""Draws ``kernels.png`` from the timings of ``shared/benchmarks/attention.py``."""
 
 import argparse
 import csv
@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "shared" / "benchmarks" / "results" / "attention-cpu-full.csv"
+RESULTS = ROOT / "shared" / "benchmarks" / "results" / "attention-cpu-main.csv"
 PANELS = {"forward": "forward", "training": "forward and backward"}
 SHOWN = ("native", "blocked", "eager", "reference", "x-transformers", "sparsemax", "entmax15")
 Lines = dict[str, dict[int, float]]
@@ -15,7 +15,7 @@ Lines = dict[str, dict[int, float]]
 def ratios(rows: list[dict[str, str]]) -> Lines:
     """Time of each implementation by sequence length, as a multiple of SDPA's."""
     lines: Lines = defaultdict(dict)
-    for row in rows:
+    for row in sorted(rows, key=lambda row: int(row["source"])):
         length = int(row["source"])
         if row["implementation"] in SHOWN and row["to_sdpa"]:
             lines[row["implementation"]][length] = float(row["to_sdpa"])
@@ -35,7 +35,8 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     )
     for panel, (mode, title) in zip(panels, PANELS.items(), strict=True):
         case = {**wanted, "mode": mode}
-        lines = ratios([row for row in rows if case.items() <= row.items()])
+        square = [row for row in rows if row["target"] == row["source"]]
+        lines = ratios([row for row in square if case.items() <= row.items()])
         panel.axhline(1.0, color="black", linewidth=1, label="SDPA")
         for name in ("best dense", *SHOWN):
             style = (

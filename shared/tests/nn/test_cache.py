@@ -57,6 +57,7 @@ def test_fixed_cache_projects_once_and_drops_sentences() -> None:
     for _ in range(3):
         keys, _ = cache.read(source, counting)
     assert len(calls) == 1
+    assert keys.is_contiguous()  # project gives a view; products would copy it at every step
     cache.keep(torch.tensor([0, 2]))
     kept, _ = cache.read(source, counting)
     assert torch.equal(kept, keys[[0, 2]])

@@ -28,6 +28,15 @@ def test_decoder_layer_does_not_see_the_future(make_decoder: Callable[..., Decod
     assert not torch.isclose(after[:, 4:], before[:, 4:]).all(dim=-1).any()
 
 
+def test_attend_is_a_decoder_layer_without_its_feed_forward(
+    make_decoder: Callable[..., Decoder],
+) -> None:
+    layer = make_decoder().layers[0].eval()
+    x, memory = torch.randn(2, 6, 16), torch.randn(2, 5, 16)
+    attended = layer.attend(x, memory)
+    assert_close(layer.feed_forward_residual(attended, layer.feed_forward), layer(x, memory))
+
+
 def test_encoder_layer_sees_both_directions(make_encoder: Callable[..., Encoder]) -> None:
     layer = make_encoder().layers[0]
     x = torch.randn(1, 6, 16)

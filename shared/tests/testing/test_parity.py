@@ -30,6 +30,13 @@ def test_a_golden_file_gives_configuration_and_arrays(tmp_path: Path) -> None:
     assert prefixed(golden.arrays, "param_")["w"].tolist() == [1.0, 2.0]
 
 
+def test_the_configuration_may_be_called_config_json(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz", config_json=json.dumps({"beam": 4}), out=[3])
+    golden = load_golden(path)
+    assert golden.config == {"beam": 4}
+    assert set(golden.arrays) == {"out"}
+
+
 def test_a_json_golden_is_configuration_alone(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"bleu": 41.5}')
     golden = load_golden(tmp_path / "a.json")

@@ -43,8 +43,10 @@ def losses(run: Run) -> list[float]:
     return [record["loss"] for record in run.records() if record["kind"] == "train"]
 
 
-def train(toy: ModuleType, path: Path, dropout: float = 0.3, **settings: Any) -> Run:
-    toy.fit(run=path, train=TrainConfig(**{**COMMON, **settings}), dropout=dropout)
+def train(
+    toy: ModuleType, path: Path, dropout: float = 0.3, impl: str | None = None, **settings: Any
+) -> Run:
+    toy.fit(run=path, train=TrainConfig(**{**COMMON, **settings}), dropout=dropout, impl=impl)
     return Run(path)
 
 
@@ -98,6 +100,23 @@ def test_losses_do_not_depend_on_the_number_of_processes(
         assert (
             contents(toy, run)["progress"].tolist() == contents(toy, reference)["progress"].tolist()
         )
+
+
+@pytest.mark.slow
+def test_operators_of_attention_train_under_fsdp(
+    toy: ModuleType, tmp_path: Path, run_jobs: Callable[..., None]
+) -> None:
+    settings = [
+        {"run": tmp_path / f"{parallel}-{impl}", "parallel": parallel, "impl": impl}
+        for parallel in ("ddp", "fsdp")
+        for impl in ("native", "blocked")
+    ]
+    run_jobs([{**COMMON, **each, "accumulate": 2} for each in settings], processes=2)
+    expected = losses(train(toy, tmp_path / "one", accumulate=4, impl="reference"))
+    assert max(expected) - min(expected) > 0.1, "nothing was learnt, so nothing was compared"
+    for each in settings:
+        found = losses(Run(each["run"]))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5, err_msg=str(each))
 
 
 def test_accumulated_batches_equal_one_large_batch(toy: ModuleType, tmp_path: Path) -> None:

@@ -7,13 +7,17 @@ several in the same process group.
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from separata_shared.attention import topk_attention
 from separata_shared.cli import main
 from separata_shared.data import MappedSequence, TokenBuckets, pad
+from separata_shared.nn import MultiHeadAttention
 from separata_shared.training import Loss, Run, TrainConfig, TrainResult
 from separata_shared.training import fit as fit_model
 from torch import Tensor, nn
@@ -23,25 +27,33 @@ PADDING = 0
 
 
 class Block(nn.Module):
-    """Linear map, dropout and residual connection; the unit that FSDP2 shards."""
+    """Linear map, dropout and residual connection; the unit that FSDP2 shards.
 
-    def __init__(self, width: int, dropout: float) -> None:
+    With ``impl``, top-k attention of that implementation comes first.
+    """
+
+    def __init__(self, width: int, dropout: float, impl: str | None) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
+        if impl is not None:
+            attend = partial(topk_attention, top_k=2, impl=impl)
+            self.attention = MultiHeadAttention(width, 2, attend=attend)
 
     def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "attention"):
+            x = x + self.attention(x, causal=True)
         return self.norm(x + self.dropout(F.relu(self.linear(x))))
 
 
 class Toy(nn.Module):
     """Guesses the next symbol from this one; its output weights are its embeddings."""
 
-    def __init__(self, *, width: int = 8, dropout: float = 0.3) -> None:
+    def __init__(self, *, width: int = 8, dropout: float = 0.3, impl: str | None = None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(SYMBOLS, width)
-        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(width, dropout, impl) for _ in range(2))
         self.output = nn.Linear(width, SYMBOLS, bias=False)
         self.output.weight = self.embedding.weight
 
@@ -52,7 +64,7 @@ class Toy(nn.Module):
         return self.output(x)
 
 
-def build(**settings: float) -> Toy:
+def build(**settings: Any) -> Toy:
     torch.manual_seed(0)
     return Toy(**settings)
 
@@ -82,13 +94,21 @@ def evaluate(model: nn.Module) -> dict[str, float]:
     return {"loss": float(sum(x.total for x in losses) / sum(x.count for x in losses))}
 
 
-def fit(*, run: Path, train: TrainConfig, dropout: float = 0.3, pause: float = 0.0) -> TrainResult:
+def fit(
+    *,
+    run: Path,
+    train: TrainConfig,
+    dropout: float = 0.3,
+    impl: str | None = None,
+    pause: float = 0.0,
+) -> TrainResult:
     """Train a toy.
 
     Args:
         run: Run directory.
         train: Training.
         dropout: Dropout.
+        impl: Implementation of top-k attention; none without.
         pause: Seconds to wait in each step.
     """
 
@@ -96,7 +116,7 @@ def fit(*, run: Path, train: TrainConfig, dropout: float = 0.3, pause: float = 0
         time.sleep(pause)
 
     return fit_model(
-        build(dropout=dropout),
+        build(dropout=dropout, impl=impl),
         batches,
         step,
         config=train,
@@ -115,7 +135,8 @@ def jobs(*, file: Path) -> None:
     """
     for job in json.loads(file.read_text()):
         run, dropout = Path(job.pop("run")), job.pop("dropout", 0.3)
-        fit(run=run, train=TrainConfig(**job), dropout=dropout)
+        impl = job.pop("impl", None)
+        fit(run=run, train=TrainConfig(**job), dropout=dropout, impl=impl)
 
 
 if __name__ == "__main__":

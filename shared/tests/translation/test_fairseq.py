@@ -26,3 +26,16 @@ def test_stacked_and_tied_fairseq_parameters_are_understood() -> None:
     assert torch.equal(untied["output.weight"], table + 1)
     with pytest.raises(ValueError, match=r"encoder\.embed_tokens\.weight"):
         from_fairseq({})
+
+
+def test_learned_fairseq_positions_are_kept() -> None:
+    table = torch.randn(12, 4)
+    renamed = from_fairseq(
+        {
+            "encoder.embed_tokens.weight": table,
+            "encoder.embed_positions.weight": table + 1,
+            "decoder.embed_positions.weight": table + 2,
+        }
+    )
+    assert torch.equal(renamed["source.positions.weight"], table + 1)
+    assert torch.equal(renamed["target.positions.weight"], table + 2)

@@ -86,7 +86,9 @@ class FixedCache:
     def read(self, source: Tensor, project: Project) -> tuple[Tensor, Tensor]:
         """Return the keys and values of ``source (B, S, M)``, projecting it only once."""
         if self._known is None:
-            self._known = project(source)
+            keys, values = project(source)
+            # Heads apart in memory: products would otherwise copy them at every step.
+            self._known = keys.contiguous(), values.contiguous()
         return self._known
 
     def keep(self, sentences: Tensor) -> None:

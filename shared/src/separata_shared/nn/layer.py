@@ -87,6 +87,23 @@ class DecoderLayer(nn.Module):
         Returns:
             ``(B, T, M)``.
         """
+        x = self.attend(x, memory, memory_mask=memory_mask, self_mask=self_mask, cache=cache)
+        x = self.feed_forward_residual(x, self.feed_forward)
+        return x
+
+    def attend(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        *,
+        memory_mask: Tensor | None = None,
+        self_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Run the two attentions alone, for layers that put something before the feed-forward.
+
+        Arguments and result are those of ``forward``.
+        """
         self_cache = None if cache is None else cache.self_attention
         cross_cache = None if cache is None else cache.cross_attention
         x = self.self_attention_residual(
@@ -97,5 +114,4 @@ class DecoderLayer(nn.Module):
             x,
             lambda y: self.cross_attention(y, memory, mask=memory_mask, cache=cross_cache),
         )
-        x = self.feed_forward_residual(x, self.feed_forward)
         return x

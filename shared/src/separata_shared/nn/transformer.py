@@ -94,7 +94,8 @@ class Transformer(nn.Module):
     def start(self, source: Tensor) -> DecoderState:
         """Encode ``source (B, S)`` and make the state of a decoder that has read nothing yet."""
         memory, mask = self.encode(source)
-        return self.decoder.start(memory, memory_mask=mask)
+        # A mask that hides nothing would cost several operations in every layer of every step.
+        return self.decoder.start(memory, memory_mask=None if mask.all() else mask)
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """Score the tokens after ``tokens (N,)``: logits ``(N, V)``; N is a multiple of B.

@@ -53,6 +53,7 @@ def prefixed(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def load_golden(path: Path) -> Golden:
     """Read an ``.npz`` with its ``config``, or a ``.json`` as configuration without arrays.
 
+    The configuration of an ``.npz`` is one JSON string, named ``config`` or ``config_json``.
     Nothing in the file is executed.
 
     Raises:
@@ -63,7 +64,8 @@ def load_golden(path: Path) -> Golden:
             return Golden(path, json.loads(path.read_text(encoding="utf-8")), {})
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-        config = json.loads(str(arrays.pop("config")))
+        name = "config" if "config" in arrays else "config_json"
+        config = json.loads(str(arrays.pop(name)))
     except KeyError:
         raise ValueError(f"{path}: has no array named config") from None
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:

@@ -16,6 +16,8 @@ _RENAMES = (
     (r"^(encoder|decoder)\.layer_norm\.", r"\1.final_norm."),
     (r"^encoder\.embed_tokens\.", "source.tokens."),
     (r"^decoder\.embed_tokens\.", "target.tokens."),
+    (r"^encoder\.embed_positions\.", "source.positions."),
+    (r"^decoder\.embed_positions\.", "target.positions."),
     (r"^decoder\.output_projection\.", "output."),
 )
 _IGNORED = re.compile(r"\.version$|\.embed_positions\._float_tensor$")

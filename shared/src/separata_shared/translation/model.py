@@ -5,6 +5,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from separata_shared.attention import Attend, dense_attention
 from separata_shared.data.vocabulary import PAD
@@ -20,7 +21,6 @@ from separata_shared.nn import (
     PreNorm,
     SinusoidalPositions,
     TokenEmbedding,
-    Transformer,
 )
 from separata_shared.nn.residual import Norm
 from separata_shared.translation.config import TransformerConfig
@@ -29,7 +29,10 @@ Site = Literal["encoder_self", "decoder_self", "cross"]
 AttendFactory = Callable[[Site, int], Attend]
 """Gives the attention function of one site in one layer."""
 
-TransformerT = TypeVar("TransformerT", bound=Transformer)
+DecoderLayerFactory = Callable[..., DecoderLayer]
+"""Makes decoder layer ``n``: called like ``DecoderLayer``, with ``n`` before its arguments."""
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def dense_everywhere(site: Site, layer: int) -> Attend:
@@ -37,22 +40,40 @@ def dense_everywhere(site: Site, layer: int) -> Attend:
     return dense_attention
 
 
+def plain_layer(number: int, *parts: nn.Module, residual: Callable[[], nn.Module]) -> DecoderLayer:
+    """The Transformer's own decoder layer, the same for every number."""
+    return DecoderLayer(*parts, residual=residual)
+
+
+def sinusoidal_positions(config: TransformerConfig) -> nn.Module:
+    """Fixed positions of the model's width."""
+    return SinusoidalPositions(config.width, padding_index=PAD, max_length=config.max_length)
+
+
 def build_transformer(
     config: TransformerConfig,
-    kind: type[TransformerT],
+    kind: Callable[..., ModelT],
     *,
     attend: AttendFactory = dense_everywhere,
     norm: Norm = nn.LayerNorm,
     final_norm: Norm | None = None,
-) -> TransformerT:
+    activation: Callable[[Tensor], Tensor] = F.relu,
+    positions: Callable[[TransformerConfig], nn.Module] = sinusoidal_positions,
+    decoder_layer: DecoderLayerFactory = plain_layer,
+    decoder: Callable[..., Decoder] = Decoder,
+) -> ModelT:
     """Compose the model that ``config`` describes, with fresh parameters.
 
     Args:
         config: Sizes and wiring; the vocabulary sizes must be set.
-        kind: Class of the model.
+        kind: Class of the model, or a function called like ``Transformer``.
         attend: Gives the attention of each site and layer.
         norm: Makes every norm for a width.
         final_norm: Makes the norm after each stack of a pre-norm model; None for ``norm``.
+        activation: Between the two layers of every feed-forward network.
+        positions: Makes the positions of one side.
+        decoder_layer: Makes each layer of the decoder.
+        decoder: Class of the decoder.
 
     Returns:
         The model, in training mode.
@@ -68,25 +89,28 @@ def build_transformer(
     last_norm = partial(final_norm or norm, config.width)
     encoder_layers = [
         EncoderLayer(
-            _attention(config, attend("encoder_self", n)), _feed_forward(config), residual=residual
+            _attention(config, attend("encoder_self", n)),
+            _feed_forward(config, activation),
+            residual=residual,
         )
         for n in range(config.encoder_layers)
     ]
     decoder_layers = [
-        DecoderLayer(
+        decoder_layer(
+            n,
             _attention(config, attend("decoder_self", n)),
             _attention(config, attend("cross", n)),
-            _feed_forward(config),
+            _feed_forward(config, activation),
             residual=residual,
         )
         for n in range(config.decoder_layers)
     ]
     is_pre = config.normalisation == "pre"
     return kind(
-        source=InputEmbedding(source, _positions(config), dropout=config.dropout),
+        source=InputEmbedding(source, positions(config), dropout=config.dropout),
         encoder=Encoder(encoder_layers, final_norm=last_norm() if is_pre else None),
-        target=InputEmbedding(target, _positions(config), dropout=config.dropout),
-        decoder=Decoder(decoder_layers, final_norm=last_norm() if is_pre else None),
+        target=InputEmbedding(target, positions(config), dropout=config.dropout),
+        decoder=decoder(decoder_layers, final_norm=last_norm() if is_pre else None),
         output=output,
         padding_index=PAD,
     )
@@ -98,12 +122,13 @@ def _attention(config: TransformerConfig, attend: Attend) -> MultiHeadAttention:
     )
 
 
-def _feed_forward(config: TransformerConfig) -> FeedForward:
-    return FeedForward(config.width, config.hidden_width, dropout=config.activation_dropout)
-
-
-def _positions(config: TransformerConfig) -> SinusoidalPositions:
-    return SinusoidalPositions(config.width, padding_index=PAD, max_length=config.max_length)
+def _feed_forward(config: TransformerConfig, activation: Callable[[Tensor], Tensor]) -> FeedForward:
+    return FeedForward(
+        config.width,
+        config.hidden_width,
+        activation=activation,
+        dropout=config.activation_dropout,
+    )
 
 
 def _tables(

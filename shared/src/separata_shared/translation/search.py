@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from separata_shared.cli import from_yaml
@@ -31,8 +31,8 @@ class TrainedModel(Generic[ConfigT]):
     """Run directory."""
     weights: Path
     """File that the parameters came from."""
-    network: Transformer
-    """The model, in evaluation mode."""
+    network: Any
+    """The model, in evaluation mode; a ``Transformer``, or what the package built instead."""
     model: ConfigT
     """Its sizes and wiring."""
     data: DataConfig
@@ -47,7 +47,7 @@ class TrainedModel(Generic[ConfigT]):
 
 def load_run(
     config: type[ConfigT],
-    build: Callable[[ConfigT], Transformer],
+    build: Callable[[ConfigT], nn.Module],
     run: Path,
     *,
     weights: Path | None = None,
@@ -132,7 +132,7 @@ def generate(
         raise ValueError(f"limit: must be at least 1, got {limit}")
     trained = with_search(load(run, weights=weights), beam=beam, alpha=alpha)
     name = str(input or "standard input")
-    lines = (read_lines(input) if input else _standard_input())[:limit]
+    lines = (read_lines(input) if input else standard_input())[:limit]
     translations = translate_lines(trained, lines, name=name)
     text = "".join(f"{line}\n" for line in translations)
     if output is None:
@@ -253,7 +253,12 @@ def length_penalty(decode: DecodeConfig) -> LengthPenalty:
     return {"power": power_penalty, "gnmt": gnmt_penalty}[decode.length_penalty](decode.alpha)
 
 
-def _standard_input() -> list[str]:
+def standard_input() -> list[str]:
+    """Lines of standard input.
+
+    Raises:
+        ValueError: There are none, or one is not valid UTF-8.
+    """
     lines: Iterable[bytes] = sys.stdin.buffer
     decoded = []
     for number, line in enumerate(lines, start=1):

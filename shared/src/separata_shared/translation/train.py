@@ -60,16 +60,21 @@ def fit_translation(
     settings: Mapping[str, Any],
     run: Path,
     before_step: Callable[[int], None] | None = None,
+    step: Callable[[nn.Module, ParallelBatch], Loss] | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> TrainResult:
     """Train ``network``, or go on with the newest checkpoint of ``run``.
 
     Args:
-        network: Called as ``network(source, decoder_input)``; gives logits (B,T,V).
+        network: What ``step`` trains; by default called as ``network(source, decoder_input)``, with
+            logits (B,T,V) as its result.
         corpus: Sentence pairs.
         settings: The run's configuration: the groups ``model``, ``data``, ``train`` and ``decode``,
             and the number ``label_smoothing``.
         run: Run directory to write.
         before_step: Called with the number of steps done before each step.
+        step: Computes the loss of a batch; default: ``translation_step``.
+        evaluate: Numbers that judge the network; default: ``validation_loss``.
 
     Returns:
         Steps done and the last losses.
@@ -79,7 +84,7 @@ def fit_translation(
     """
     data: DataConfig = settings["data"]
     config: TrainConfig = settings["train"]
-    step = translation_step(settings["label_smoothing"])
+    step = step or translation_step(settings["label_smoothing"])
     # A run can be used where its prepared data is not: it carries its vocabularies.
     for side in ("source", "target"):
         _keep_vocabulary(getattr(corpus, f"{side}_vocabulary"), run / f"{side}.vocabulary")
@@ -89,7 +94,8 @@ def fit_translation(
         step,
         config=config,
         run=Run(run, settings),
-        evaluate=lambda network: validation_loss(network, corpus.valid, data.max_tokens),
+        evaluate=evaluate
+        or (lambda network: validation_loss(network, corpus.valid, data.max_tokens)),
         before_step=before_step,
         blocks=(EncoderLayer, DecoderLayer),
     )
