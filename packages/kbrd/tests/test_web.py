@@ -3,10 +3,10 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -109,16 +109,19 @@ def test_answers_at_the_same_time_are_those_of_one_after_another(client: Any) ->
 
 
 @pytest.fixture
-def address(talking_run: Path) -> Iterator[str]:
-    """The page served by the program itself, as a person starts it."""
-    command = [sys.executable, "-m", "separata_kbrd", "web", "--run", str(talking_run)]
-    process = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+def address(system: System) -> Iterator[str]:
+    """The page, served in this process at a free port."""
+    uvicorn = pytest.importorskip("uvicorn")
+    app = build_app(system, hosts=["127.0.0.1"])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=30)
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -183,10 +186,27 @@ def asked_hosts(log: list[dict[str, str]]) -> set[str]:
     return {one.netloc for one in found if one.scheme in ("http", "https")}
 
 
-def test_a_taken_port_ends_in_one_line(address: str, talking_run: Path) -> None:
-    port = str(urlsplit(address).port)
-    command = [sys.executable, "-m", "separata_kbrd", "web", "--run", str(talking_run)]
-    done = subprocess.run([*command, "--port", port], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "use" in done.stderr  # "Address already in use"
+def test_a_taken_port_and_a_wrong_one_end_in_one_line(
+    command: Callable[..., Any], talking_run: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command("web", "--run", talking_run, "--port", port).refused("use")
+    command("web", "--run", talking_run, "--port", 70_000).refused("port")
+
+
+def test_the_program_prints_where_the_page_is_and_serves_it(
+    command: Callable[..., Any], talking_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uvicorn = pytest.importorskip("uvicorn")
+    served = []
+
+    def run(server: Any, sockets: list[socket.socket]) -> None:
+        served.append((server.config.app, sockets[0].getsockname()[1]))
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    done = command("web", "--run", talking_run, "--port", 0)
+    ((app, port),) = served
+    assert done.output == f"http://127.0.0.1:{port}\n"
+    client = testclient.TestClient(app, base_url=f"http://127.0.0.1:{port}")
+    assert client.get("/").status_code == 200

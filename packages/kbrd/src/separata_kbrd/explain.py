@@ -138,8 +138,9 @@ def draw(reason: Reason, names: dict[int, str]) -> bytes:
         share = 0.35 + 0.12 * (number % 3)  # labels of edges that cross stand apart
         axes.plot([x1, x2], [y1, y2], color="#b9c4cf", linewidth=1.4, zorder=1)
         axes.text(
-            x1 + share * (x2 - x1), y1 + share * (y2 - y1), relation, fontsize=7, color="#6b7885", zorder=2,
-            ha="center", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            x1 + share * (x2 - x1), y1 + share * (y2 - y1), relation, fontsize=7, color="#6b7885",
+            zorder=2, ha="center", va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     for node, (x, y) in places.items():
         name = _short(names[node])
