@@ -156,14 +156,16 @@ def check(linker, text):
 def test_time_is_linear_in_the_text(linker, piece):
     def seconds(characters: int) -> float:
         text = piece * (characters // len(piece))
-        start = time.process_time()
-        linker.find(text)
-        return time.process_time() - start
+        times = []
+        for _ in range(3):  # the least of three: other programs disturb
+            start = time.process_time()
+            linker.find(text)
+            times.append(time.process_time() - start)
+        return min(times)
 
-    seconds(1000)
     short = seconds(10_000)
     assert short < 0.5
-    # Five times the text takes at most 15 times as long (and not 25); short times are noise.
+    # Five times the text takes at most 15 times as long (and not 25).
     assert seconds(50_000) < 15 * max(short, 0.01)
 
 
