@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from .conversation import Conversation
     from .dialog import DialogModel
     from .system import System, load_system
-    from .train import train
 
 __all__ = [
     "Conversation",
@@ -21,7 +20,6 @@ __all__ = [
     "RecommenderConfig",
     "System",
     "load_system",
-    "train",
 ]
 
 _MODULES = {
@@ -32,7 +30,6 @@ _MODULES = {
     "RecommenderConfig": ".config",
     "System": ".system",
     "load_system": ".system",
-    "train": ".train",
 }
 
 

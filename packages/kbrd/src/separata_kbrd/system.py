@@ -185,7 +185,8 @@ def load_system(
     """
     directory, groups = part_config(run, DIALOG, {"dialog": DialogConfig})
     config: DialogConfig = groups["dialog"]
-    config = replace(config, beam=beam or config.beam, search=search or config.search)
+    beam = config.beam if beam is None else beam
+    config = replace(config, beam=beam, search=search or config.search)
     trained = load_recommender(run, weights=recommender_weights)
     vocabulary = trained.corpus.vocabulary
     kept = directory.path / VOCABULARY
