@@ -51,6 +51,11 @@ def extras(project: Path) -> list[str]:
     return list(metadata(project)["project"].get("optional-dependencies", {}))
 
 
+def without_dependencies(project: Path) -> list[str]:
+    """Packages whose files the sample of ``project`` reads; nothing of them is imported."""
+    return list(metadata(project)["tool"]["separata"].get("without-dependencies", []))
+
+
 def requirement(project: Path, wanted: Iterable[str]) -> str:
     """``project`` as pip takes it, with those of the ``wanted`` extras that it has."""
     chosen = [extra for extra in wanted if extra in extras(project)]
@@ -201,6 +206,9 @@ def demo(session: nox.Session) -> None:
     """Train, evaluate and generate on real data, every paper; print one table, write pictures."""
     packages = [requirement(project, ["sample", "plot"]) for project in PACKAGES]
     install(session, "./shared", *packages, silent=False)
+    bare = [name for project in PACKAGES for name in without_dependencies(project)]
+    if bare:
+        install(session, "--no-deps", *bare)
     rows = [demonstrate(session, project) for project in PACKAGES]
     titles = ("paper", "metric", "value", "compared with", "its value", "seconds", "picture")
     print("\n" + aligned([titles, *rows]) + "\n")

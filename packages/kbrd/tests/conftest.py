@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from separata_kbrd.__main__ import PACKAGE, VERBS
+from separata_kbrd.config import DataConfig, DialogConfig, RecommenderConfig
+from separata_kbrd.system import System, load_system
+from separata_kbrd.train import train
 from separata_shared.cli import main
 from separata_shared.testing.parity import goldens_option, pytest_generate_tests
+from separata_shared.training import TrainConfig
 
 __all__ = ["pytest_addoption", "pytest_generate_tests"]
 
@@ -75,3 +79,36 @@ def command(
         return Outcome(int(left.value.code or 0), printed.out, printed.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def talking_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with a small system, recommender and dialog model, that has learned a bit."""
+    run = tmp_path_factory.mktemp("runs") / "talking"
+    settings = {"log_every": 1000, "deterministic": True}
+    train(
+        data=DataConfig(threshold=10, tiny_dialogs=64, tiny_items=24),
+        recommender=RecommenderConfig(width=16, num_bases=2, batch_pairs=64),
+        dialog=DialogConfig(
+            width=32,
+            hidden_width=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            bias_width=16,
+            dropout=0.0,
+            activation_dropout=0.0,
+            max_length=200,
+            batch_pairs=32,
+            max_reply=24,
+        ),
+        train=TrainConfig(steps=40, lr=0.02, **settings),
+        train_dialog=TrainConfig(steps=80, lr=0.01, clip_norm=1.0, **settings),
+        run=run,
+    )
+    return run
+
+
+@pytest.fixture(scope="session")
+def system(talking_run: Path) -> System:
+    """That system, loaded."""
+    return load_system(talking_run)

@@ -8,17 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import DataConfig, DialogConfig, RecommenderConfig
+    from .conversation import Conversation
+    from .dialog import DialogModel
+    from .system import System, load_system
 
 __all__ = [
+    "Conversation",
     "DataConfig",
     "DialogConfig",
+    "DialogModel",
     "RecommenderConfig",
+    "System",
+    "load_system",
 ]
 
 _MODULES = {
+    "Conversation": ".conversation",
     "DataConfig": ".config",
     "DialogConfig": ".config",
+    "DialogModel": ".dialog",
     "RecommenderConfig": ".config",
+    "System": ".system",
+    "load_system": ".system",
 }
 
 

@@ -170,8 +170,9 @@ class DialogModel(nn.Module):
             written: Start and the tokens of the answer (B, T), padded on the right.
             user: User vectors (B, d).
         """
-        logits: Tensor = self.transformer(context, written)
-        return logits + self.bias(user)[:, None]
+        v: Tensor = self.bias(user)
+        logits: Tensor = self.transformer(context, written) + v[:, None]
+        return logits
 
     def start(self, context: Tensor, user: Tensor) -> DialogState:
         """Read the dialogs ``context (B, S)`` of the users ``(B, d)``."""
@@ -179,10 +180,9 @@ class DialogModel(nn.Module):
 
     def step(self, tokens: Tensor, state: DialogState) -> Tensor:
         """Logits (N, V) after tokens (N); the rows of a dialog stand together."""
-        logits = self.transformer.step(tokens, state.decoder)
-        by_dialog = logits.view(len(state.bias), -1, logits.size(-1))
-        shifted: Tensor = by_dialog + state.bias[:, None]
-        return shifted.flatten(0, 1)
+        logits: Tensor = self.transformer.step(tokens, state.decoder)
+        hypotheses = len(logits) // len(state.bias)
+        return logits + state.bias.repeat_interleave(hypotheses, dim=0)
 
 
 def _transformer(config: DialogConfig, num_tokens: int) -> DialogTransformer:

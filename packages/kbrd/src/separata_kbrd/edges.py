@@ -22,7 +22,8 @@ def neighbour_mean(target: Tensor, relation: Tensor) -> Tensor:
     """c_{i,r} = 1 / |N_i^r|: a node averages its neighbours of each relation."""
     pair = target * (relation.max() + 1) + relation
     _, place, counts = torch.unique(pair, return_inverse=True, return_counts=True)
-    return counts[place].double().reciprocal()
+    weights: Tensor = counts[place].double().reciprocal()
+    return weights
 
 
 NORMALISERS: dict[str, Normaliser] = {"sum": neighbour_sum, "mean": neighbour_mean}

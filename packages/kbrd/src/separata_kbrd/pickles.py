@@ -57,12 +57,31 @@ def load_pickle(path: Path) -> Any:
     """
     content = read_bytes(path)
     try:
-        return _Unpickler(io.BytesIO(content)).load()
+        value = _Unpickler(io.BytesIO(content)).load()
+        _check_plain(value)
+        return value
     except _RefusedError as error:
-        raise ValueError(f"{path}: refused, the pickle names {error}") from None
+        raise ValueError(f"{path}: refused, the pickle holds {error}") from None
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: not a readable pickle ({reason})") from None
+
+
+def _check_plain(value: Any) -> None:
+    """Refuse what the opcodes themselves can make besides the containers, such as bytes."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if type(one) in (int, str, type(None)):
+            continue
+        if type(one) not in (dict, defaultdict, list, set, tuple):
+            raise _RefusedError(f"builtins.{type(one).__name__}")
+        if id(one) not in seen:
+            seen.add(id(one))  # a container may hold itself
+            waiting += one
+            if isinstance(one, dict):
+                waiting += one.values()
 
 
 def has_pickles(raw: Path) -> bool:

@@ -46,7 +46,7 @@ def batched_search(config: DialogConfig, *, unwanted: Collection[int]) -> Search
         config: Beam, lengths and n.
         unwanted: Tokens that are never written.
     """
-    banned = torch.tensor(sorted(unwanted))
+    banned = torch.tensor(sorted(unwanted), dtype=torch.int64)
 
     def search(model: DialogModel, context: Tensor, user: Tensor) -> list[list[int]]:
         def step(tokens: Tensor, state: DialogState) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -167,7 +168,7 @@ def load_system(
     *,
     weights: Path | None = None,
     beam: int | None = None,
-    search: str | None = None,
+    search: Literal["batched", "official"] | None = None,
     recommender_weights: Path | None = None,
 ) -> System:
     """Read a trained system.
@@ -184,8 +185,8 @@ def load_system(
     """
     directory, groups = part_config(run, DIALOG, {"dialog": DialogConfig})
     config: DialogConfig = groups["dialog"]
-    changes = {"beam": beam, "search": search}
-    config = replace(config, **{name: new for name, new in changes.items() if new is not None})
+    beam = config.beam if beam is None else beam
+    config = replace(config, beam=beam, search=search or config.search)
     trained = load_recommender(run, weights=recommender_weights)
     vocabulary = trained.corpus.vocabulary
     kept = directory.path / VOCABULARY

@@ -1,6 +1,7 @@
 """Training of the dialog model on top of a trained recommender, which stays as it is."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def train_dialog(
             finite.
     """
     trained = load_recommender(run)
-    if trained.data != data:
+    if trained.data != replace(data, raw=trained.data.raw, prepared=trained.data.prepared):
         raise ValueError(f"{run}: its recommender was trained on other data; use the same group")
     corpus, frozen = trained.corpus, trained.model
     _keep_vocabulary(corpus.vocabulary, run / DIALOG / VOCABULARY)
