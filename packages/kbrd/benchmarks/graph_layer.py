@@ -37,7 +37,8 @@ from torch import Tensor
 NODES, RELATIONS, EDGES = 64362, 35, 358086
 WIDTH, BASES = 128, 8
 SELF_LOOP, THRESHOLD = 86, 1000  # of KBRD's triples and its filter
-TOLERANCE = 1e-5  # of the largest number: float32 sums in another order
+# Of the largest number: ours, and of the others, whose float32 sums over all nodes round more.
+TOLERANCE, THEIR_TOLERANCE = 1e-5, 1e-4
 COLUMNS = 16  # of the vectors that the equations compute at a time
 BASELINE, RGCN = "authors' form", "torch_geometric RGCNConv"
 # Largest ratio that was promised, by what it is compared with; and the largest peak in MiB.
@@ -47,6 +48,7 @@ GOALS = {
     (BASELINE, "portable"): 0.6,
 }
 PEAK_GOAL = 1.5e9 / 2**20
+OURS = ("native", "portable")
 Row = dict[str, Any]
 Weights = dict[str, Tensor]
 Layer = Callable[[Weights], Tensor]
@@ -81,7 +83,7 @@ def main(
     failed, calls = [], {}
     for name, layer in competitors(edges).items():
         deviation = compare(run(layer, own(name, weights), upstream), wanted)
-        if deviation <= TOLERANCE:
+        if deviation <= (TOLERANCE if name in OURS else THEIR_TOLERANCE):
             calls[name] = (layer, own(name, weights))
         else:
             failed.append(f"{name}: deviates by {deviation:.2g}")
@@ -177,8 +179,7 @@ def geometric(edges: Tensor) -> Layer:
 
 def own(name: str, weights: Weights) -> Weights:
     """Weights in a competitor's layout: ours has the bases of a node side by side."""
-    ours = name in ("native", "portable")
-    basis = weights["basis"] if ours else weights["basis"].transpose(0, 1).contiguous()
+    basis = weights["basis"] if name in OURS else weights["basis"].transpose(0, 1).contiguous()
     return {n: t.detach().requires_grad_() for n, t in {**weights, "basis": basis}.items()}
 
 
@@ -274,7 +275,15 @@ def made_batch(turns: int = 118, instances: int = 160, mentioned: int = 8) -> Re
 
 
 def _resident() -> float:
-    """Largest resident memory of this process so far, in MiB."""
+    """Largest resident memory of this process so far, in MiB.
+
+    Linux keeps it by address space; what ``getrusage`` says includes the process that started this.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        (line,) = [line for line in lines if line.startswith("VmHWM:")]
+        return int(line.split()[1]) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
