@@ -35,7 +35,7 @@ def test_generate_reads_and_writes_files(command: Command, talking_run: Path) ->
 
 
 def test_wrong_input_of_generate_ends_in_one_line(command: Command, talking_run: Path) -> None:
-    Path("latin1.txt").write_bytes(b"caf\xe9\n")
+    Path("latin1.txt").write_bytes(b"r\xeave\n")
     Path("empty.txt").touch()
     command("generate", "--run", talking_run, "--input", "latin1.txt").refused("latin1.txt")
     command("generate", "--run", talking_run, "--input", "empty.txt").refused("empty.txt")

@@ -16,7 +16,7 @@ from .graph import Catalogue
 from .graph_files import number_triples
 from .redial import Dialog, Message, Speaker
 
-_SYLLABLES = ("ba", "de", "fo", "gi", "ka", "lu", "me", "no", "pi", "ra", "su", "ta", "vo", "zi")
+_SYLLABLES = ("ba", "de", "fu", "gi", "ka", "lu", "me", "no", "pi", "ra", "su", "ta", "vo", "zi")
 _GENRES = ("horror", "comedy", "western", "mystery", "war", "romance")
 _ITEMS_PER_ACTOR = 4
 _UNLINKED = 8  # of so many items one has a bare number as its key, as in ReDial

@@ -117,7 +117,7 @@ def beam_search(
     """
     _check_sizes(beam_size, candidates_per_beam)
     check_lengths(first_tokens, max_lengths, min_length)
-    results = _Results(len(max_lengths), enough or (lambda finished, _: finished >= beam_size))
+    results = _Results(max_lengths, enough or (lambda finished, _: finished >= beam_size))
     length_penalty = power_penalty(1.0) if length_penalty is None else length_penalty
     sentences = list(range(len(max_lengths)))  # those still searched
     limits = torch.tensor(max_lengths, device=first_tokens.device)
@@ -155,11 +155,7 @@ def beam_search(
         for row in range(len(sentences)):
             if t == max_lengths[sentences[row]] and not results.found[sentences[row]]:
                 results.found[sentences[row]] = finish(parents[row, :1], scores[row, :1])
-        going = [
-            row
-            for row, each in enumerate(sentences)
-            if t < max_lengths[each] and results.want(each)
-        ]
+        going = [row for row, each in enumerate(sentences) if results.go_on(each, t)]
         if not going:
             break
         # A stable sort puts the continuations that are no end first, best first.
@@ -189,13 +185,17 @@ def _check_sizes(beam_size: int, candidates_per_beam: int) -> None:
 class _Results:
     """Finished hypotheses of each sentence, as long as it has not enough of them."""
 
-    def __init__(self, num_sentences: int, enough: Enough) -> None:
-        self.found: list[list[Hypothesis]] = [[] for _ in range(num_sentences)]
-        self._best_ended = [False] * num_sentences
+    def __init__(self, max_lengths: Sequence[int], enough: Enough) -> None:
+        self.found: list[list[Hypothesis]] = [[] for _ in max_lengths]
+        self._best_ended = [False] * len(max_lengths)
+        self._max_lengths = max_lengths
         self._enough = enough
 
     def want(self, sentence: int) -> bool:
         return not self._enough(len(self.found[sentence]), self._best_ended[sentence])
+
+    def go_on(self, sentence: int, t: int) -> bool:
+        return t < self._max_lengths[sentence] and self.want(sentence)
 
     def add(self, sentence: int, hypothesis: Hypothesis, *, is_best: bool) -> None:
         if self.want(sentence):
