@@ -38,7 +38,9 @@ def test_the_whole_way_on_made_data_verb_by_verb(
     command: Command, small_yaml: Path, tmp_path: Path
 ) -> None:
     chosen = ("--config", small_yaml, "--train.steps", 3, "--train.evaluate_every", 3)
-    assert command("prepare", *chosen).output.startswith("tiny: made when it is loaded")
+    assert command("prepare", "--config", small_yaml).output.startswith(
+        "tiny: made when it is loaded"
+    )
     assert command("train-teacher", *chosen).status == 0
     assert command("distill", "--config", small_yaml, "--beam", 1).status == 0
     assert command("train-demonstrator", *chosen).status == 0

@@ -61,7 +61,8 @@ def ablate(
     not made again. All learners start from the same parameters, so that the rows differ in what
     they are named after: ``vanilla`` copies the source uniformly, ``soft-copy`` softly, and
     ``imitation`` adds the imitation loss to the soft copy. ``autoregressive`` is a Transformer of
-    the same sizes, ``deep-encoder`` one with all layers but one in the encoder (12-1 for 6-6).
+    the same sizes, ``deep-encoder`` one with a decoder of one layer and as many layers in the
+    encoder as both stacks had (12-1 for 6-6).
 
     Args:
         model: Sizes, wiring, actions and copy; the copy is that of ``soft-copy`` and ``imitation``.

@@ -136,7 +136,8 @@ def bench(
         narrow = [name for name in chosen if name != "bfloat16"]
         table(measure(single, list(rescoring(models, single, narrow))))
     for line in ratios(models, rows):
-        print(f"{line['batch']:>4}  {line['of']:<46} to {line['to']:<40}{line['ratio']:>7.3f}")
+        case = f"{line['batch']} x {line['target_length']}"
+        print(f"{case:>8}  {line['of']:<46} to {line['to']:<40}{line['ratio']:>7.3f}")
     print(f"written to {output} and {output.with_suffix('.json')}")
     return rows
 
