@@ -146,6 +146,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
     """What a whole bench of small models gives."""
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch)
+        patch.setattr(bench_module, "slow_precisions", lambda rows: set())  # whatever this CPU is
         return bench(**OPTIONS, large_batch_gib=TWO_SENTENCES, rescoring_lengths=[4], output=output)
 
 
@@ -173,7 +174,7 @@ class TestReport:
         first = {tuple(r[n] for n in names) for r in rows if r["batch"] == 1 and r["rounds"] == 3}
         assert expected <= first
         large = {tuple(row[name] for name in names) for row in rows if row["batch"] == 2}
-        assert {each for each in expected if each[3] != "bfloat16"} <= large
+        assert expected <= large
         short = [row for row in rows if row["target_length"] == 4]
         assert {row["search"] for row in short} == {"beam 2", "one pass", "3 lengths, rescored"}
 

@@ -90,8 +90,7 @@ def test_scores_stand_beside_the_baselines(run: Path) -> None:
         assert sum(turn["recall@1"]["n"] for turn in scores[name]["by_turn"].values()) == count
         assert 0 <= part["recall@1"]["value"] <= part["recall@10"]["value"] <= 100
     assert {"loss"} <= scores["kbrd"].keys() & scores["autorec"].keys()
-    new = scores["repetition"].get("new")
-    assert new is None or new["recall@50"]["value"] == 0  # it can only repeat
+    assert scores["repetition"]["new"]["recall@10"]["value"] == 0  # it can only repeat
 
 
 def test_cached_vectors_are_those_of_the_weights(run: Path) -> None:

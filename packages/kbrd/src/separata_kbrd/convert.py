@@ -91,7 +91,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: refused, since loading it could run code ({reason})") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "it ends too early"
         raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
     if isinstance(stored, dict) and isinstance(stored.get("model"), dict):

@@ -51,8 +51,8 @@ def part_config(run: Path, part: str, groups: dict[str, type]) -> tuple[Run, dic
 def load_recommender(run: Path, *, weights: Path | None = None) -> TrainedRecommender:
     """Read a trained recommender.
 
-    The vectors of all nodes are computed the first time and kept beside the weights, so that
-    neither the graph layer nor its parameters are needed again.
+    The vectors of all nodes are computed the first time and, for weights of the run itself, kept
+    beside them, so that neither the graph layer nor its parameters are needed again.
 
     Args:
         run: Run directory.
@@ -67,13 +67,17 @@ def load_recommender(run: Path, *, weights: Path | None = None) -> TrainedRecomm
     corpus = load(data)
     path = weights or directory.best_weights()
     vectors = directory.path / "vectors" / path.name
-    if not _is_newer(vectors, path):
+    own = path.parent.resolve() == directory.weights.resolve()  # others may have the same name
+    if own and _is_newer(vectors, path):
+        frozen = read_frozen(vectors)
+        if frozen.H.shape != (corpus.graph.num_nodes, config.width):
+            raise ValueError(f"{vectors}: vectors {tuple(frozen.H.shape)} are of another graph")
+    else:
         model = build_recommender(config, corpus.graph)
         load_weights(model, path)
-        save_weights(vectors, model.frozen().state_dict())
-    frozen = read_frozen(vectors)
-    if frozen.H.shape != (corpus.graph.num_nodes, config.width):
-        raise ValueError(f"{vectors}: vectors {tuple(frozen.H.shape)} are of another graph")
+        frozen = model.frozen()
+        if own:
+            save_weights(vectors, frozen.state_dict())
     return TrainedRecommender(
         data=data, config=config, corpus=corpus, model=frozen.eval(), weights=path
     )
