@@ -33,7 +33,11 @@ DOCS = ["sphinx", "myst-parser", "furo", "pyyaml"]
 IMPORTS = ["import-linter", "deptry"]
 LINT = ["ruff", "codespell", "cffconvert"]
 TYPES = ["mypy", "types-pyyaml", "nox"]
-UNIT = ["pytest-xdist"]
+PARALLEL = ["pytest-xdist"]
+
+# One worker for each core, each with one thread; idle workers take tests of busy ones.
+WORKERS = ["-n", "auto", "--dist", "worksteal"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def metadata(project: Path) -> dict[str, Any]:
@@ -93,11 +97,11 @@ def tests(session: nox.Session, folder: str) -> None:
     """Test shared, or one paper with nothing but shared beside it."""
     project = Path(folder)  # a parameter must be text: `nox --report` writes it as JSON
     if project == SHARED:
-        install(session, requirement(SHARED, extras(SHARED)))
+        install(session, requirement(SHARED, extras(SHARED)), *PARALLEL)
     else:
-        install(session, "./shared", requirement(project, ["test"]))
+        install(session, "./shared", requirement(project, ["test"]), *PARALLEL)
     try:
-        session.run("pytest", f"{project}/tests", *session.posargs)
+        session.run("pytest", *WORKERS, f"{project}/tests", *session.posargs, env=ONE_THREAD)
     finally:
         # Eleven environments of a gigabyte each are too much for a laptop; `nox -r` keeps them.
         if not getattr(session.virtualenv, "reuse_existing", True):
@@ -108,18 +112,18 @@ def tests(session: nox.Session, folder: str) -> None:
 def unit(session: nox.Session) -> None:
     """Run all tests in parallel in one environment with everything: for daily work, with ``-r``."""
     editable = [argument for item in everything() for argument in ("-e", item)]
-    install(session, *editable, *CONTRACT, *UNIT)
+    install(session, *editable, *CONTRACT, *PARALLEL)
     # One run for each folder, because equal names of test files and fixtures may mean other things.
     folders = [*(f"{project}/tests" for project in PROJECTS), "tests"]
-    commands = [["pytest", "-n", "auto", folder, *session.posargs] for folder in folders]
-    run_all(session, commands, env={"OMP_NUM_THREADS": "1"})
+    commands = [["pytest", *WORKERS, folder, *session.posargs] for folder in folders]
+    run_all(session, commands, env=ONE_THREAD)
 
 
 @nox.session
 def contract(session: nox.Session) -> None:
     """Check the rules about the repository itself."""
-    install(session, *everything(), *CONTRACT)
-    session.run("pytest", "tests", *session.posargs)
+    install(session, *everything(), *CONTRACT, *PARALLEL)
+    session.run("pytest", *WORKERS, "tests", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

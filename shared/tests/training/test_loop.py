@@ -130,10 +130,10 @@ def test_accumulated_batches_equal_one_large_batch(toy: ModuleType, tmp_path: Pa
 
     config = TrainConfig(**COMMON)
     large_run, small_run = Run(tmp_path / "large"), Run(tmp_path / "small")
-    fit(toy.build(dropout=0.0), joined, toy.step, config=config, run=large_run)
+    fit(toy.build(dropout=0.0).double(), joined, toy.step, config=config, run=large_run)
     accumulating = TrainConfig(**COMMON, accumulate=2)
-    fit(toy.build(dropout=0.0), small, toy.step, config=accumulating, run=small_run)
-    np.testing.assert_allclose(losses(small_run), losses(large_run), rtol=0, atol=1e-6)
+    fit(toy.build(dropout=0.0).double(), small, toy.step, config=accumulating, run=small_run)
+    np.testing.assert_allclose(losses(small_run), losses(large_run), rtol=0, atol=1e-9)
 
 
 def test_same_seed_gives_the_same_run(toy: ModuleType, tmp_path: Path) -> None:
