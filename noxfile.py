@@ -293,7 +293,7 @@ def results(session: nox.Session) -> None:
 @nox.session
 def lock(session: nox.Session) -> None:
     """Rewrite constraints.txt from a clean install of everything that any session installs."""
-    tools = {*BENCH, *BUILD, *CONTRACT, *DOCS, *IMPORTS, *LINT, *TYPES, *UNIT}
+    tools = {*BENCH, *BUILD, *CONTRACT, *DOCS, *IMPORTS, *LINT, *TYPES, *PARALLEL}
     triton = requirement(SHARED, ["triton"])
     session.install("--no-compile", TORCH, *everything(), triton, *sorted(tools))
     frozen = str(session.run("python", "-m", "pip", "freeze", silent=True)).splitlines()
