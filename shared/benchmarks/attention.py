@@ -12,14 +12,14 @@ is 1.
 import csv
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from _cases import Case, goals, suite
-from _competitors import ALL, DENSE, competitors
+from _competitors import ALL, DENSE, Competitor, competitors
 from _operation import TOLERANCES, Operation
 from _step import Step
 from jsonargparse import auto_cli
@@ -42,6 +42,7 @@ def main(
     threads: int = 1,
     rounds: int = 15,
     seconds: float = 20.0,
+    only: list[str] | None = None,
     output: Path | None = None,
 ) -> None:
     """Time top-k attention and dense attention, print tables and write a CSV of each suite.
@@ -53,8 +54,12 @@ def main(
         threads: Threads on a CPU; with more than one, times are wall time.
         rounds: Timings of each competitor, two or more.
         seconds: Time for a case after which no further round begins; there are five at least.
+        only: Names of those that are timed beside the dense forms; by default all.
         output: Folder of the CSV files; by default results beside this script.
     """
+    unknown = sorted(set(only or ()) - ALL.keys())
+    if unknown:
+        sys.exit(f"only: {', '.join(unknown)} is none of {', '.join(ALL)}")
     torch.set_num_threads(threads)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     clock = timing.make_clock(device, threads)
@@ -73,7 +78,12 @@ def main(
         rows: list[Row] = []
         for case in suite(name, device):
             machine["gemm_gflop_s"] = round(speeds[case.dtype] / 1e9, 1)
-            found, refused = measure(case, device, machine, interleave)
+            timed = {
+                name: competitor
+                for name, competitor in competitors(case, device).items()
+                if only is None or name in DENSE or name.removesuffix(" medium") in only
+            }
+            found, refused = measure(case, timed, device, machine, interleave)
             show(case, found)
             rows += found
             wrong += refused
@@ -86,16 +96,20 @@ def main(
 
 
 def measure(
-    case: Case, device: str, machine: Row, interleave: Callable[..., Times]
+    case: Case,
+    timed: Mapping[str, Competitor],
+    device: str,
+    machine: Row,
+    interleave: Callable[..., Times],
 ) -> tuple[list[Row], list[str]]:
-    """Check and time all competitors of a case; also name those that are wrong."""
+    """Check and time competitors of a case; also name those that are wrong."""
     problem = Step(case, device) if case.mode == "step" else Operation(case, device)
     common = {**machine, **case.columns()}
     floor = problem.floor(1e9 * machine["gemm_gflop_s"], 1e9 * machine["copy_gb_s"])
     common["floor_ms"] = None if floor is None else round(1e3 * floor, 4)
     notes: dict[str, str] = {}
     saved, runs, wrong = {}, {}, []
-    for name, competitor in competitors(case, device).items():
+    for name, competitor in timed.items():
         try:
             slow = case.scores > competitor.most_scores
             notes[name] = f"slow: never above {competitor.most_scores} scores" if slow else ""
