@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .config import DialogConfig
 from .dialog import DialogModel
-from .entities import NameLinker, name_linker
+from .entities import NameLinker, name_linker, nodes_of, spotlight_linker
 from .linking import Mention, TitleLinker
 from .pairs import pad_nodes
+from .redial import Link
 from .runs import DIALOG, TrainedRecommender, load_recommender, part_config
 from .search import Search, fill_slots, make_search
 from .words import NULL, SLOT, Vocabulary, join_words
@@ -65,6 +66,8 @@ class System:
     network: DialogModel
     vocabulary: Vocabulary
     search: Search
+    link: Link | None = None
+    """Finds other nodes than items in text; by their names if it is not given."""
 
     @cached_property
     def titles(self) -> TitleLinker:
@@ -98,7 +101,8 @@ class System:
             context.items.append(int(nodes[number]))
         plain = "".join([*parts, text[place:]])
         context.tokens += self.vocabulary.encode(plain)
-        context.entities += self.names(plain.replace(SLOT, " . "))
+        link = self.link or self.names
+        context.entities += link(plain.replace(SLOT, " . "))
 
     @torch.inference_mode()
     def respond(self, contexts: Sequence[Context]) -> list[Reply]:
@@ -170,6 +174,7 @@ def load_system(
     beam: int | None = None,
     search: Literal["batched", "official"] | None = None,
     recommender_weights: Path | None = None,
+    spotlight: str | None = None,
 ) -> System:
     """Read a trained system.
 
@@ -179,6 +184,8 @@ def load_system(
         beam: Hypotheses kept for each answer; default: the run's.
         search: ``batched`` or ``official``; default: the run's.
         recommender_weights: Weights file of the recommender; default: the best of the run.
+        spotlight: Address of a DBpedia Spotlight service that finds nodes in text instead of the
+            names of the nodes. Messages are sent there.
 
     Raises:
         ValueError: A part is missing or does not fit the others; the message names the file.
@@ -202,7 +209,13 @@ def load_system(
         network=network.eval(),
         vocabulary=vocabulary,
         search=make_search(config, vocabulary),
+        link=_spotlight(spotlight, trained) if spotlight is not None else None,
     )
+
+
+def _spotlight(url: str, trained: TrainedRecommender) -> Link:
+    number = {key: node for node, key in enumerate(trained.corpus.graph.nodes)}
+    return nodes_of(spotlight_linker(url), number)
 
 
 def _check_recommender(path: Path, trained: TrainedRecommender) -> None:
