@@ -200,7 +200,7 @@ def load_system(
     if Vocabulary.load(kept).fingerprint != vocabulary.fingerprint:
         raise ValueError(f"{kept}: another vocabulary than that of the data; prepare it as before")
     if recommender_weights is None:
-        _check_recommender(directory.path / RECOMMENDER_RECORD, trained)
+        check_recommender(directory.path / RECOMMENDER_RECORD, trained)
     network = DialogModel(config, num_tokens=len(vocabulary), user_width=trained.model.H.shape[1])
     load_weights(network, weights or directory.best_weights())
     return System(
@@ -218,11 +218,25 @@ def _spotlight(url: str, trained: TrainedRecommender) -> Link:
     return nodes_of(spotlight_linker(url), number)
 
 
-def _check_recommender(path: Path, trained: TrainedRecommender) -> None:
-    """Make sure that the dialog model was trained with this recommender."""
+def recommender_record(trained: TrainedRecommender) -> dict[str, str]:
+    """What ``recommender.json`` says about the recommender of a dialog model."""
+    return {"weights": trained.weights.name, "sha256": sha256(trained.weights)}
+
+
+def check_recommender(path: Path, trained: TrainedRecommender) -> None:
+    """Make sure that a dialog model was trained with this recommender.
+
+    Args:
+        path: Its ``recommender.json``.
+        trained: The recommender.
+
+    Raises:
+        ValueError: It was trained with another one, or the file cannot be read.
+    """
     record = read_json(path)
-    if not isinstance(record, dict) or record.get("sha256") != sha256(trained.weights):
+    expected = recommender_record(trained)["sha256"]
+    if not isinstance(record, dict) or record.get("sha256") != expected:
         raise ValueError(
             f"{path}: the dialog model was trained with other weights than {trained.weights}; "
-            "run the verb train-dialog again"
+            f"delete {path.parent} and run the verb train-dialog again"
         )
