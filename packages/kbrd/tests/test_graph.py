@@ -159,7 +159,7 @@ def test_a_graph_as_an_array(npz):
 def test_the_tables_of_kbrds_data_are_read(npz):
     (npz / "items.tsv").unlink()
     (npz / "movies.tsv").write_text("movieId\tentity_id\turi\n8\t2\t-\n7\t0\t<u:a>\n")
-    table = 'movieId,movieName,nbMentions\n7,"A, ""B"" (1999)",3\n8,C,0\n'
+    table = 'movieId,movieName,nbMentions\n7,"A, ""B""  (1999)",3\n8,C,0\n'
     (npz / "movies_with_mentions.csv").write_text(table)
     _, items, _ = read_npz(npz, None)
     assert items.ids == ("8", "7")  # the order of movies.tsv is the official one

@@ -211,7 +211,8 @@ def catalogue_of(rows: Sequence[ItemRow], node_of: dict[str, int], path: Path) -
         return Catalogue(
             ids=tuple(row[0] for row in rows),
             nodes=np.array([node_of[row[1]] for row in rows], dtype=np.int64),
-            names=tuple(row[2] for row in rows),
+            # ReDial's table has two blanks before some years.
+            names=tuple(" ".join(row[2].split()) for row in rows),
             mentions=np.array([row[3] for row in rows], dtype=np.int64),
         )
     except ValueError as error:
