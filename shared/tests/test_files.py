@@ -31,6 +31,13 @@ def test_failed_write_keeps_the_old_file_and_nothing_else(tmp_path: Path) -> Non
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_directory_in_the_way_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="directory") as caught:
+        write_text(tmp_path, "x")
+    assert caught.value.filename == str(tmp_path)
+    assert not list(tmp_path.parent.glob(".*.tmp"))
+
+
 @pytest.mark.parametrize("place", ["fsync", "write"])
 def test_full_disk_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str

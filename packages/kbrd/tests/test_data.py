@@ -2,6 +2,7 @@
 
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from separata_kbrd.made import tiny
 from separata_kbrd.pairs import Flow, Part
 from separata_kbrd.prepare import prepare, read_source
 from separata_kbrd.redial import TurnPair
-from separata_kbrd.words import END
+from separata_kbrd.words import END, SPECIALS, UNK
 from separata_shared.files import sha256
 
 
@@ -253,6 +254,20 @@ def test_a_table_of_links_is_used_where_it_is_named(redial):
     assert list(source.link("i like horror movies")) == []
     none = read_source(DataConfig(dataset="redial", links="none", **values))
     assert list(none.link("hello")) == []
+
+
+def test_dialogs_can_be_numbered_by_the_words_of_a_dictionary(redial, tmp_path, capsys):
+    (tmp_path / "model.dict").write_text(
+        "".join(f"{word}\t9\n" for word in (*SPECIALS, "movie", "horror", "?"))
+    )
+    given = replace(redial, dictionary=str(tmp_path / "model.dict"), slots="shared")
+    prepare(data=given)
+    assert "model.dict  (read)" in capsys.readouterr().out
+    corpus = load(given)
+    assert corpus.vocabulary.pieces == (*SPECIALS, "movie", "horror", "?")
+    assert set(corpus.train.tokens.values.tolist()) == {UNK, 4, 5, 6}
+    with pytest.raises(ValueError, match="was prepared with slots"):
+        load(redial)
 
 
 def test_data_prepared_otherwise_or_damaged_is_refused(redial, command):

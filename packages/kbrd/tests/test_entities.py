@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from urllib.parse import parse_qs
 
 import pytest
+from separata_kbrd.conversation import Conversation
 from separata_kbrd.entities import (
     NameLinker,
     nodes_of,
@@ -13,6 +14,7 @@ from separata_kbrd.entities import (
     spotlight_linker,
     table_linker,
 )
+from separata_kbrd.system import load_system
 
 KEYS = [
     "Tom_Hanks", "Horror_film", "Horror_fiction", "Thriller_(genre)", "Science_fiction_film",
@@ -121,3 +123,23 @@ def test_no_service_ends_in_one_line():
 def test_only_addresses_of_the_web_are_asked(url):
     with pytest.raises(ValueError, match="begins with http"):
         spotlight_linker(url)
+
+
+def test_chat_asks_spotlight_only_where_it_is_named(service, talking_run, system):
+    url, answers, asked = service
+    key = next(one for one in system.recommender.corpus.graph.nodes if one.startswith("<http"))
+    answers.append(json.dumps({"Resources": [{"@URI": key[1:-1]}]}).encode())
+    plain, linked = Conversation(system), Conversation(load_system(talking_run, spotlight=url))
+    plain.say("any horror movies?")
+    assert asked == []
+    linked.say("any horror movies?")
+    assert [form["text"] for _, form in asked] == [["any horror movies?"]]
+    node = system.recommender.corpus.graph.nodes.index(key)
+    assert linked.context.entities == [node] != plain.context.entities
+
+
+def test_a_chat_without_its_spotlight_ends_in_one_line(command, talking_run):
+    flags = ("--run", talking_run, "--spotlight", "http://127.0.0.1:9/")
+    command("chat", *flags, stdin="hello\n").refused("http://127.0.0.1:9/", "does not answer")
+    flags = ("--run", talking_run, "--spotlight", "localhost")
+    command("chat", *flags, stdin="hello\n").refused("begins with http")

@@ -159,7 +159,7 @@ def test_a_graph_as_an_array(npz):
 def test_the_tables_of_kbrds_data_are_read(npz):
     (npz / "items.tsv").unlink()
     (npz / "movies.tsv").write_text("movieId\tentity_id\turi\n8\t2\t-\n7\t0\t<u:a>\n")
-    table = 'movieId,movieName,nbMentions\n7,"A, ""B"" (1999)",3\n8,C,0\n'
+    table = 'movieId,movieName,nbMentions\n7,"A, ""B""  (1999)",3\n8,C,0\n'
     (npz / "movies_with_mentions.csv").write_text(table)
     _, items, _ = read_npz(npz, None)
     assert items.ids == ("8", "7")  # the order of movies.tsv is the official one
@@ -189,7 +189,9 @@ def damage_npz(folder: Path, **arrays: np.ndarray) -> None:
             lambda f: damage_npz(f, triples=np.array([("x", "y", "z")])),
             ["triples.npz", "not integers"],
         ),
-        (lambda f: (f / "nodes.txt").unlink(), ["nodes.txt", "no such file"]),
+        (lambda f: (f / "nodes.txt").unlink(), ["holds no nodes.txt nor entities.txt"]),
+        (lambda f: (f / "items.tsv").unlink(), ["holds no movies.tsv nor items.tsv"]),
+        (lambda f: (f / "triples.npz").unlink(), ["holds no triples.npz nor subkg_triples.npz"]),
         (lambda f: (f / "items.tsv").write_text("a\tb\n"), ["items.tsv", "does not begin with"]),
         (lambda f: (f / "items.tsv").write_text(ITEMS + "9\t5\tD\t1\n"), ["items.tsv", "node 5"]),
         (lambda f: (f / "items.tsv").write_text(ITEMS + "9\tx\tD\t1\n"), ["items.tsv", "'x'"]),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from separata_kbrd.config import DialogConfig
+from separata_kbrd.convert_dialog import dialog_names
 from separata_kbrd.dialog import DialogModel
 from separata_kbrd.diversity import distinct_per_response
 from separata_kbrd.edges import NORMALISERS, EdgeIndex
@@ -191,38 +192,6 @@ def check_real_graph(path: Path, data: dict[str, Any], folder: Path | None) -> N
             assert total.item() == pytest.approx(expected[name], rel=EXACT), (aggregate, name)
 
 
-def dialog_name(name: str) -> str:
-    """Name of a parameter of ours for that of the authors' dialog model."""
-    if name.startswith("user_representation_to_bias_"):
-        number, part = name.removeprefix("user_representation_to_bias_").split(".")
-        return f"bias.{('first', 'second')[int(number) - 1]}.{part}"
-    if name == "embeddings.weight":
-        return "transformer.source.tokens.weight"
-    side, _, rest = name.partition(".")
-    for theirs, ours in DIALOG_NAMES[side]:
-        rest = re.sub(theirs, ours, rest)
-    return f"transformer.{side}.{rest}"
-
-
-PARTS = [(r"([qkv]|out)_lin", r"\1_proj"), (r"ffn\.lin", "feed_forward.fc")]
-DIALOG_NAMES = {
-    "encoder": [
-        *PARTS,
-        (r"^layers\.(\d+)", r"layers.\1.layer"),
-        ("norm1", "self_attention_residual.norm"),
-        ("norm2", "feed_forward_residual.norm"),
-        (r"\.attention\.", ".self_attention."),
-    ],
-    "decoder": [
-        *PARTS,
-        ("norm1", "self_attention_residual.norm"),
-        ("norm2", "cross_attention_residual.norm"),
-        ("norm3", "feed_forward_residual.norm"),
-        ("encoder_attention", "cross_attention"),
-    ],
-}
-
-
 def dialog_model(path: Path, arrays: Arrays) -> tuple[DialogModel, dict[str, Any]]:
     """The model of a file in float64, and the settings that stand beside it."""
     settings = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -241,7 +210,9 @@ def dialog_model(path: Path, arrays: Arrays) -> tuple[DialogModel, dict[str, Any
     )
     model = DialogModel(config, num_tokens=settings["vocab"], user_width=opt["dim"])
     own = {n: w for n, w in prefixed(arrays, "w:").items() if not n.startswith("kbrd.")}
-    state = {dialog_name(name): weight for name, weight in own.items()}
+    names = dialog_names(opt["n_layers"], opt["n_layers"])
+    assert own.keys() == names.keys()
+    state = {names[name]: weight for name, weight in own.items()}
     tied = {"transformer.target.tokens.weight": state["transformer.source.tokens.weight"]}
     model.load_state_dict({**state, **tied})
     return model.double().eval(), settings
@@ -293,7 +264,9 @@ def check_dialog(path: Path, arrays: Arrays, _: Path | None) -> None:
     close(loss.exp(), arrays["ppl"], EXACT, "ppl")
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    expected = {dialog_name(n): g for n, g in prefixed(arrays, "g:").items()}
+    layers = settings["opt"]["n_layers"]
+    names = dialog_names(layers, layers)
+    expected = {names[n]: g for n, g in prefixed(arrays, "g:").items()}
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         if name.endswith("k_proj.bias"):  # shifts all scores of a row alike: no gradient at all

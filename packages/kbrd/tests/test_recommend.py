@@ -1,7 +1,6 @@
-"""Recommendations for people: ``recommend`` and what it rests on; ``convert``."""
+"""Recommendations for people: ``recommend`` and what it rests on."""
 
 import json
-import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from separata_kbrd.config import DataConfig, RecommenderConfig
-from separata_kbrd.convert import from_authors
-from separata_kbrd.data import load
 from separata_kbrd.recommend import Suggester
 from separata_kbrd.runs import load_recommender
 from separata_kbrd.train import train_rec
-from separata_shared.training import TrainConfig, read_weights
+from separata_shared.training import TrainConfig
 
 DATA = DataConfig(dataset="tiny", threshold=10, tiny_dialogs=80, tiny_items=24)
 SIZES = RecommenderConfig(width=16, num_bases=2, batch_pairs=32)
@@ -124,92 +121,3 @@ class TestCommand:
         command("recommend", "--run", run, *wrong).refused("No such film (1999)", "catalogue")
         command("recommend", "--run", run, "--text", "hi", "--k", 0).refused("at least 1")
         command("recommend", "--run", run).refused("standard input", "empty")
-
-
-def authors_state(run: Path, *, extra_nodes: int = 0) -> dict[str, torch.Tensor]:
-    """A trained recommender in the names and layout of the authors' code."""
-    state = read_weights(load_recommender(run).weights)
-
-    def padded(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tensor, torch.ones(extra_nodes, *tensor.shape[1:])])
-
-    return {
-        "rgcn.basis": padded(state["graph.basis"]).transpose(0, 1).contiguous(),
-        "rgcn.att": state["graph.att"],
-        "rgcn.root": padded(state["graph.root"]),
-        "rgcn.bias": state["graph.bias"],
-        "self_attn.a": state["user.a"],
-        "self_attn.b": state["user.b"],
-        "output.bias": padded(state["output_bias"]),
-        "entity_emb.weight": torch.zeros(3, 2),
-        "relation_emb.weight": torch.zeros(214, 2),
-        "output.weight": torch.zeros(3, 2),
-    }
-
-
-class TestConvert:
-    @pytest.mark.parametrize("prefix", ["", "kbrd."], ids=["recommender", "dialog"])
-    def test_a_checkpoint_recommends_as_before(
-        self, prefix: str, command: Callable[..., Any], run: Path, tmp_path: Path
-    ) -> None:
-        state = authors_state(run, extra_nodes=6)
-        state = {f"{prefix}{name}": tensor for name, tensor in state.items()}
-        if prefix:
-            state["embeddings.weight"] = torch.zeros(4, 2)  # of the Transformer
-        torch.save({"model": state, "optimizer": {"lr": 1.0}}, tmp_path / "model")
-        data = ["--data.threshold", 10, "--data.tiny_dialogs", 80, "--data.tiny_items", 24]
-        done = command("convert", "--checkpoint", tmp_path / "model", *data, "--run", "converted")
-        assert done.status == 0, done
-        wanted, found = load_recommender(run), load_recommender(Path("converted"))
-        assert torch.equal(found.model.H, wanted.model.H)
-        assert torch.equal(found.model.output_bias, wanted.model.output_bias)
-        command("convert", "--checkpoint", tmp_path / "model", *data, "--run", "converted").refused(
-            "holds a run already"
-        )
-
-    def test_names_of_the_library_of_today(self, run: Path) -> None:
-        state = authors_state(run)
-        nodes = load(DATA).graph.num_nodes
-        new = {n.replace("basis", "weight").replace("att", "comp"): t for n, t in state.items()}
-        new = {n.replace("self_compn", "self_attn"): t for n, t in new.items()}
-        old = from_authors(state, num_nodes=nodes, source="old")
-        for name, tensor in from_authors(new, num_nodes=nodes, source="new").items():
-            assert torch.equal(tensor, old[name])
-
-    def test_wrong_files_end_in_one_line(
-        self, command: Callable[..., Any], run: Path, tmp_path: Path
-    ) -> None:
-        def refused(content: Any, *words: str) -> None:
-            file = tmp_path / "model"
-            if isinstance(content, bytes):
-                file.write_bytes(content)
-            else:
-                torch.save(content, file)
-            data = ["--data.threshold", 10, "--data.tiny_dialogs", 80, "--data.tiny_items", 24]
-            command("convert", "--checkpoint", file, *data, "--run", "x").refused("model", *words)
-            assert not Path("x").exists()
-
-        good = authors_state(run)
-        command("convert", "--checkpoint", "none").refused("none", "no such file")
-        refused(b"", "not a readable checkpoint")
-        refused(b"hello", "model")
-        refused([1, 2], "holds no model")
-        refused({"model": {"x": torch.zeros(1)}}, "unknown tensor x")
-        refused({"model": {n: t for n, t in good.items() if n != "rgcn.att"}}, "lacks graph.att")
-        nan = good | {"rgcn.bias": torch.full((16,), torch.nan)}
-        refused({"model": nan}, "rgcn.bias holds NaN")
-        refused({"model": good | {"self_attn.b": torch.zeros(4, 1)}}, "user.b has shape (4, 1)")
-
-    def test_a_hostile_checkpoint_runs_nothing(
-        self, command: Callable[..., Any], tmp_path: Path
-    ) -> None:
-        (tmp_path / "model").write_bytes(pickle.dumps({"model": _Bomb()}))
-        command("convert", "--checkpoint", tmp_path / "model").refused("model")
-        torch.save({"model": _Bomb()}, tmp_path / "model")
-        command("convert", "--checkpoint", tmp_path / "model").refused("could run code")
-        assert not Path("boom").exists()
-
-
-class _Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("boom"),))

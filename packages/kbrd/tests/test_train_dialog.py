@@ -14,9 +14,10 @@ from separata_kbrd.config import DataConfig, DialogConfig
 from separata_kbrd.evaluate_dialog import dialog_scores, perplexities, variety
 from separata_kbrd.replies import ReplyLoss
 from separata_kbrd.runs import load_recommender
-from separata_kbrd.system import System, load_system
+from separata_kbrd.system import Context, System, load_system
 from separata_kbrd.train_dialog import train_dialog
 from separata_shared.training import TrainConfig, read_weights
+from separata_shared.training import fit as train_loop
 
 SETTINGS = {"log_every": 5, "save_every": 5, "deterministic": True}
 
@@ -77,9 +78,24 @@ def test_other_data_and_another_recommender_are_refused(run: Path, system: Syste
     (run / "dialog" / "recommender.json").write_text('{"weights": "x", "sha256": "y"}')
     with pytest.raises(ValueError, match=r"recommender\.json.*train-dialog again"):
         load_system(run)
+    with pytest.raises(ValueError, match=r"recommender\.json.*delete"):
+        fit(run, system, steps=10)  # nothing is left to do, but it is not this recommender's
     (run / "dialog" / "vocabulary.txt").write_text("slots: separate\nother\n")
     with pytest.raises(ValueError, match=r"vocabulary\.txt"):
         load_system(run)
+
+
+def test_what_was_trained_until_an_interruption_can_be_used(
+    run: Path, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        train_loop(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("separata_kbrd.train_dialog.fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, system, steps=5)
+    assert load_system(run).respond([Context()])[0].words
 
 
 def test_without_a_recommender_the_message_names_the_verb(tmp_path: Path) -> None:

@@ -36,8 +36,9 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)  # a full disk is met in the middle of a file
+        # A full disk is met in the middle of a file, a directory in its place at the end.
+        if error.errno is not None and error.filename in (None, temporary, str(temporary)):
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,19 +14,22 @@ def chat(
     *,
     run: Path = Path("runs/tiny"),
     beam: int | None = None,
+    spotlight: str | None = None,
 ) -> None:
     """Talk with the system in the terminal.
 
-    What you type goes to the models and nowhere else.
+    What you type goes to the models and, without ``spotlight``, nowhere else.
 
     Args:
         run: Run directory.
         beam: Hypotheses kept for each answer; default: the run's.
+        spotlight: Address of a DBpedia Spotlight service that finds nodes in what you type;
+            default: they are found by their names, on this machine.
 
     Raises:
-        ValueError: The run cannot be read.
+        ValueError: The run cannot be read, or the service does not answer.
     """
-    system = load_system(run, beam=beam)
+    system = load_system(run, beam=beam, spotlight=spotlight)
     talk(Conversation(system), system.item_names, read=read_line, write=print)
 
 

@@ -65,6 +65,10 @@ class DataConfig:
     """Whether an item and an unknown word in a text are two tokens, or one as in the authors'
     code."""
 
+    dictionary: str | None = None
+    """Dictionary of ParlAI whose words the dialogs are numbered by; default: the words of the
+    training dialogs. Needed for dialog models of the authors' code."""
+
     tiny_dialogs: int = 240
     """Training dialogs of the made data; a quarter as many for each other part."""
 

@@ -6,13 +6,23 @@ from typing import Any
 
 import torch
 from separata_shared.cli import to_yaml
-from separata_shared.files import write_text
+from separata_shared.files import sha256, write_json, write_text
 from separata_shared.training import Run, save_weights
 from torch import Tensor
 
-from .config import Aggregate, DataConfig, RecommenderConfig
+from .config import Aggregate, DataConfig, DialogConfig, RecommenderConfig
+from .convert_dialog import (
+    EMBEDDINGS,
+    RECOMMENDER_PREFIX,
+    Converted,
+    check_options,
+    dialog_from_authors,
+)
 from .data import load
-from .runs import RECOMMENDER
+from .graph import KnowledgeGraph
+from .runs import DIALOG, RECOMMENDER
+from .system import RECOMMENDER_RECORD, VOCABULARY
+from .words import Vocabulary
 
 # Theirs, with the library of 2019 and of today, and ours.
 NAMES = {
@@ -35,30 +45,63 @@ def convert(
     *,
     checkpoint: Path,
     data: DataConfig,
+    dialog: DialogConfig,
     aggregate: Aggregate = "sum",
     run: Path = Path("runs/converted"),
 ) -> Path:
-    """Read the recommender of a checkpoint of the authors' code and write it as a run directory.
+    """Read a checkpoint of the authors' code and write it as a run directory.
 
-    A checkpoint of the dialog model holds its recommender as well, which is then read. Nothing in
-    the file is executed. The tensors ``entity_emb``, ``relation_emb`` and ``output.weight``, which
-    the authors' code stores and never reads, are left out.
+    A checkpoint of the dialog model holds its recommender as well; both are read if the data names
+    the dictionary of ParlAI that lies beside the checkpoint, and else only the recommender. Nothing
+    in the file is executed. The tensors ``entity_emb``, ``relation_emb`` and ``output.weight`` of
+    the recommender, which the authors' code stores and never reads, are left out.
 
     Args:
         checkpoint: File that ParlAI saved.
-        data: The graph that it was trained on, prepared from the authors' files.
+        data: What it was trained on, prepared from the authors' files; for the dialog model with
+            ``dictionary`` and with ``slots: shared``.
+        dialog: What the file does not say about the dialog model: heads, dropout, how it writes.
+            Its sizes are those of the file.
         aggregate: What a node does with its neighbours: sum if the checkpoint was trained with
             torch_geometric before 1.6, mean otherwise; the file does not say.
         run: Run directory to write.
 
     Returns:
-        The weights file that was written.
+        The weights file of the recommender.
 
     Raises:
-        ValueError: The file is missing, damaged, of another model, or does not fit the graph.
+        ValueError: The file is missing, damaged, of another model, or does not fit the data.
     """
-    graph = load(data).graph
-    state = from_authors(read_checkpoint(checkpoint), num_nodes=graph.num_nodes, source=checkpoint)
+    for part in (RECOMMENDER, DIALOG):
+        if Run(run / part).config.exists():
+            raise ValueError(f"{run / part}: holds a run already; choose another run directory")
+    corpus = load(data)
+    stored = read_checkpoint(checkpoint)
+    state = _recommender(stored, corpus.graph, source=checkpoint)
+    _, B, d = state["graph.basis"].shape
+    talker = None
+    if EMBEDDINGS in stored and data.dictionary is not None:
+        check_options(checkpoint.with_name(f"{checkpoint.name}.opt"), dialog)
+        talker = dialog_from_authors(stored, dialog, user_width=d, source=checkpoint)
+        _check_vocabulary(talker, corpus.vocabulary, checkpoint)
+    config = RecommenderConfig(width=d, num_bases=B, aggregate=aggregate)
+    weights = _write(run / RECOMMENDER, state, {"data": data, "recommender": config})
+    print(weights)
+    if talker is not None:
+        corpus.vocabulary.save(run / DIALOG / VOCABULARY)
+        record = {"weights": weights.name, "sha256": sha256(weights)}
+        write_json(run / DIALOG / RECOMMENDER_RECORD, record)
+        print(_write(run / DIALOG, talker.state, {"data": data, "dialog": talker.config}))
+    elif EMBEDDINGS in stored:
+        print("the dialog model was left out: it needs its dictionary (data.dictionary)")
+    return weights
+
+
+def _recommender(
+    stored: dict[str, Tensor], graph: KnowledgeGraph, *, source: Path
+) -> dict[str, Tensor]:
+    """The recommender's tensors in our names, of the shapes that the graph needs."""
+    state = from_authors(stored, num_nodes=graph.num_nodes, source=source)
     _, B, d = state["graph.basis"].shape
     N, R = graph.num_nodes, graph.num_relations
     shapes = {"graph.basis": (N, B, d), "graph.att": (R, B), "graph.root": (N, d)}
@@ -66,15 +109,28 @@ def convert(
     for name, shape in shapes.items():
         if state[name].shape != shape:
             found = tuple(state[name].shape)
-            raise ValueError(f"{checkpoint}: {name} has shape {found}, the graph needs {shape}")
-    config = RecommenderConfig(width=d, num_bases=B, aggregate=aggregate)
-    directory = Run(run / RECOMMENDER)
-    if directory.config.exists():
-        raise ValueError(f"{directory.path}: holds a run already; choose another run directory")
+            raise ValueError(f"{source}: {name} has shape {found}, the graph needs {shape}")
+    return state
+
+
+def _check_vocabulary(talker: Converted, vocabulary: Vocabulary, source: Path) -> None:
+    if vocabulary.slots != "shared":
+        raise ValueError(
+            f"{source}: its dialog model has one token for items and unknown words; "
+            "prepare the data with data.slots shared"
+        )
+    if talker.num_tokens != len(vocabulary):
+        raise ValueError(
+            f"{source}: {EMBEDDINGS} has {talker.num_tokens} rows, but the dictionary has "
+            f"{len(vocabulary)} tokens"
+        )
+
+
+def _write(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    directory = Run(path)
     weights = directory.weights / "step_0000000.safetensors"
     save_weights(weights, state)
-    write_text(directory.config, to_yaml({"data": data, "recommender": config}))
-    print(weights)
+    write_text(directory.config, to_yaml(config))
     return weights
 
 
@@ -116,7 +172,8 @@ def from_authors(state: dict[str, Tensor], *, num_nodes: int, source: object) ->
     Raises:
         ValueError: A tensor is missing, unknown or not finite.
     """
-    inner = {n.removeprefix("kbrd."): t for n, t in state.items() if n.startswith("kbrd.")}
+    prefix = RECOMMENDER_PREFIX
+    inner = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     found: dict[str, Tensor] = {}
     for name, tensor in (inner or state).items():
         if name in UNUSED:

@@ -14,7 +14,7 @@ from .graph import Catalogue, KnowledgeGraph, Triples, build_graph
 from .graph_files import catalogue_of, read_items
 from .pairs import Part
 from .redial import Dialog, Link, TurnPair, turn_pairs
-from .words import Vocabulary, learn_vocabulary, split_words
+from .words import Vocabulary, learn_vocabulary, read_dictionary, split_words
 
 SPLITS = ("train", "valid", "test")
 
@@ -54,7 +54,8 @@ def make_corpus(source: Source, data: DataConfig) -> Corpus:
     """Number words and nodes of raw material.
 
     Raises:
-        ValueError: A part holds no turn pair, or the graph does not fit.
+        ValueError: A part holds no turn pair, the graph does not fit, or the dictionary cannot be
+            read.
     """
     graph = build_graph(source.triples, source.catalogue, threshold=data.threshold)
     node_of_item = dict(zip(graph.catalogue.ids, graph.items.tolist(), strict=True))
@@ -74,10 +75,13 @@ def make_corpus(source: Source, data: DataConfig) -> Corpus:
         for text in (text for pair in found for text in (pair.text, pair.label)):
             if text not in words:
                 words[text] = split_words(text)
-    vocabulary = learn_vocabulary(
-        (words[text] for pair in pairs["train"] for text in (pair.text, pair.label)),
-        slots=data.slots,
-    )
+    if data.dictionary is not None:
+        vocabulary = read_dictionary(Path(data.dictionary), slots=data.slots)
+    else:
+        vocabulary = learn_vocabulary(
+            (words[text] for pair in pairs["train"] for text in (pair.text, pair.label)),
+            slots=data.slots,
+        )
 
     def encode(text: str) -> list[int]:
         return vocabulary.numbers(words[text])

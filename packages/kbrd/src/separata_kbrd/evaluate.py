@@ -142,7 +142,7 @@ def summarise(
     summary = {"runs": [str(run) for run in runs], "split": split, "scores": scores}
     write_json(output, summary)
     for key, value in scores.items():
-        if ".all." in key or ".new." in key:
+        if ".all." in key or ".new." in key or key.startswith("dialog."):
             std = "" if value["std"] is None else f" ± {value['std']:.2f}"
             print(f"{key:<40}{value['mean']:.2f}{std}")
     print(output)

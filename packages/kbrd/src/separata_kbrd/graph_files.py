@@ -28,6 +28,7 @@ from separata_shared.files import find_file, need_file, read_lines
 from .graph import SELF_LOOP, Catalogue, Ints, Triples
 from .redial import read_item_table
 
+TRIPLES = ("triples.npz", "subkg_triples.npz")
 NO_NODE = "-"
 ITEM_TABLE = "movies_with_mentions.csv"
 
@@ -40,9 +41,21 @@ def find_any(raw: Path, names: Sequence[str]) -> Path | None:
     return next((path for name in names if (path := find_file(raw, name))), None)
 
 
+def need_any(raw: Path, names: Sequence[str]) -> Path:
+    """The first file of ``names`` in a directory, plain or compressed.
+
+    Raises:
+        ValueError: None is there.
+    """
+    path = find_any(raw, names)
+    if path is None:
+        raise ValueError(f"{raw}: holds no {' nor '.join(names)}, plain, .gz or .xz")
+    return path
+
+
 def has_npz(raw: Path) -> bool:
     """Whether a directory has a graph as an array."""
-    return find_any(raw, ("triples.npz", "subkg_triples.npz")) is not None
+    return find_any(raw, TRIPLES) is not None
 
 
 def has_tsv(raw: Path) -> bool:
@@ -61,8 +74,8 @@ def read_npz(raw: Path, self_loop: int | None) -> Graph:
     Raises:
         ValueError: A file is missing, damaged or does not fit the others; the message names it.
     """
-    path = find_any(raw, ("triples.npz", "subkg_triples.npz")) or raw / "triples.npz"
-    nodes_path = find_any(raw, ("nodes.txt", "entities.txt")) or need_file(raw, "nodes.txt")
+    path = need_any(raw, TRIPLES)
+    nodes_path = need_any(raw, ("nodes.txt", "entities.txt"))
     relations_path = find_file(raw, "relations.txt")
     rows = read_triples(path)
     nodes = tuple(read_lines(nodes_path))
@@ -143,7 +156,7 @@ def _items_by_number(raw: Path) -> tuple[Catalogue, tuple[Path, ...]]:
         for row, (_, node, _, _) in enumerate(rows, start=2):
             _number(node, path, row)
         return catalogue_of(rows, {node: int(node) for _, node, _, _ in rows}, path), (path,)
-    path = find_file(raw, "movies.tsv") or need_file(raw, "items.tsv")
+    path = need_any(raw, ("movies.tsv", "items.tsv"))
     table_path = need_file(raw, ITEM_TABLE)
     table = read_item_table(table_path)
     lines = [line.split("\t") for line in read_lines(path)]
@@ -198,7 +211,8 @@ def catalogue_of(rows: Sequence[ItemRow], node_of: dict[str, int], path: Path) -
         return Catalogue(
             ids=tuple(row[0] for row in rows),
             nodes=np.array([node_of[row[1]] for row in rows], dtype=np.int64),
-            names=tuple(row[2] for row in rows),
+            # ReDial's table has two blanks before some years.
+            names=tuple(" ".join(row[2].split()) for row in rows),
             mentions=np.array([row[3] for row in rows], dtype=np.int64),
         )
     except ValueError as error:

@@ -38,7 +38,9 @@ def prepare(*, data: DataConfig) -> None:
     corpus = make_corpus(source, data)
     with new_directory(directory) as fresh:
         save_corpus(corpus, fresh)
-        raw = {path.name: sha256(path) for path in dict.fromkeys(source.files)}
+        dictionary = [Path(data.dictionary)] if data.dictionary is not None else []
+        files = dict.fromkeys([*source.files, *dictionary])
+        raw = {path.name: sha256(path) for path in files}
         counts = counts_of(corpus)
         manifest = seal(fresh, settings(data), {"counts": counts, "raw": raw})
     for name, checksum in raw.items():

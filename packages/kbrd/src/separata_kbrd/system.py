@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .config import DialogConfig
 from .dialog import DialogModel
-from .entities import NameLinker, name_linker
+from .entities import NameLinker, name_linker, nodes_of, spotlight_linker
 from .linking import Mention, TitleLinker
 from .pairs import pad_nodes
+from .redial import Link
 from .runs import DIALOG, TrainedRecommender, load_recommender, part_config
 from .search import Search, fill_slots, make_search
 from .words import NULL, SLOT, Vocabulary, join_words
@@ -65,6 +66,8 @@ class System:
     network: DialogModel
     vocabulary: Vocabulary
     search: Search
+    link: Link | None = None
+    """Finds other nodes than items in text; by their names if it is not given."""
 
     @cached_property
     def titles(self) -> TitleLinker:
@@ -98,7 +101,8 @@ class System:
             context.items.append(int(nodes[number]))
         plain = "".join([*parts, text[place:]])
         context.tokens += self.vocabulary.encode(plain)
-        context.entities += self.names(plain.replace(SLOT, " . "))
+        link = self.link or self.names
+        context.entities += link(plain.replace(SLOT, " . "))
 
     @torch.inference_mode()
     def respond(self, contexts: Sequence[Context]) -> list[Reply]:
@@ -170,6 +174,7 @@ def load_system(
     beam: int | None = None,
     search: Literal["batched", "official"] | None = None,
     recommender_weights: Path | None = None,
+    spotlight: str | None = None,
 ) -> System:
     """Read a trained system.
 
@@ -179,6 +184,8 @@ def load_system(
         beam: Hypotheses kept for each answer; default: the run's.
         search: ``batched`` or ``official``; default: the run's.
         recommender_weights: Weights file of the recommender; default: the best of the run.
+        spotlight: Address of a DBpedia Spotlight service that finds nodes in text instead of the
+            names of the nodes. Messages are sent there.
 
     Raises:
         ValueError: A part is missing or does not fit the others; the message names the file.
@@ -193,7 +200,7 @@ def load_system(
     if Vocabulary.load(kept).fingerprint != vocabulary.fingerprint:
         raise ValueError(f"{kept}: another vocabulary than that of the data; prepare it as before")
     if recommender_weights is None:
-        _check_recommender(directory.path / RECOMMENDER_RECORD, trained)
+        check_recommender(directory.path / RECOMMENDER_RECORD, trained)
     network = DialogModel(config, num_tokens=len(vocabulary), user_width=trained.model.H.shape[1])
     load_weights(network, weights or directory.best_weights())
     return System(
@@ -202,14 +209,34 @@ def load_system(
         network=network.eval(),
         vocabulary=vocabulary,
         search=make_search(config, vocabulary),
+        link=_spotlight(spotlight, trained) if spotlight is not None else None,
     )
 
 
-def _check_recommender(path: Path, trained: TrainedRecommender) -> None:
-    """Make sure that the dialog model was trained with this recommender."""
+def _spotlight(url: str, trained: TrainedRecommender) -> Link:
+    number = {key: node for node, key in enumerate(trained.corpus.graph.nodes)}
+    return nodes_of(spotlight_linker(url), number)
+
+
+def recommender_record(trained: TrainedRecommender) -> dict[str, str]:
+    """What ``recommender.json`` says about the recommender of a dialog model."""
+    return {"weights": trained.weights.name, "sha256": sha256(trained.weights)}
+
+
+def check_recommender(path: Path, trained: TrainedRecommender) -> None:
+    """Make sure that a dialog model was trained with this recommender.
+
+    Args:
+        path: Its ``recommender.json``.
+        trained: The recommender.
+
+    Raises:
+        ValueError: It was trained with another one, or the file cannot be read.
+    """
     record = read_json(path)
-    if not isinstance(record, dict) or record.get("sha256") != sha256(trained.weights):
+    expected = recommender_record(trained)["sha256"]
+    if not isinstance(record, dict) or record.get("sha256") != expected:
         raise ValueError(
             f"{path}: the dialog model was trained with other weights than {trained.weights}; "
-            "run the verb train-dialog again"
+            f"delete {path.parent} and run the verb train-dialog again"
         )

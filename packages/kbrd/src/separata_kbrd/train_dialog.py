@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from separata_shared.files import sha256, write_json
+from separata_shared.files import write_json
 from separata_shared.metrics import perplexity
 from separata_shared.nn import DecoderLayer, EncoderLayer
 from separata_shared.training import Loss, Run, TrainConfig, TrainResult, fit
@@ -17,8 +17,8 @@ from .dialog import DialogModel
 from .model import FrozenRecommender
 from .pairs import DialogBatch
 from .replies import batch_loss
-from .runs import DIALOG, load_recommender
-from .system import RECOMMENDER_RECORD, VOCABULARY
+from .runs import DIALOG, TrainedRecommender, load_recommender
+from .system import RECOMMENDER_RECORD, VOCABULARY, check_recommender, recommender_record
 from .words import Vocabulary
 
 
@@ -41,18 +41,19 @@ def train_dialog(
         Steps done and the last numbers.
 
     Raises:
-        ValueError: There is no recommender, it was trained on other data, or the loss is not
-            finite.
+        ValueError: There is no recommender, it was trained on other data, the dialog model was
+            begun with another one, or the loss is not finite.
     """
     trained = load_recommender(run)
     if trained.data != replace(data, raw=trained.data.raw, prepared=trained.data.prepared):
         raise ValueError(f"{run}: its recommender was trained on other data; use the same group")
     corpus, frozen = trained.corpus, trained.model
     _keep_vocabulary(corpus.vocabulary, run / DIALOG / VOCABULARY)
+    _keep_recommender(trained, run / DIALOG / RECOMMENDER_RECORD)
     torch.manual_seed(train_dialog.seed)
     network = DialogModel(dialog, num_tokens=len(corpus.vocabulary), user_width=frozen.H.shape[1])
     directory = Run(run / DIALOG, {"data": data, "dialog": dialog, "train_dialog": train_dialog})
-    result = fit(
+    return fit(
         network,
         corpus.train.dialog_batches(
             dialog.batch_pairs,
@@ -66,9 +67,6 @@ def train_dialog(
         evaluate=validation(corpus, dialog, frozen),
         blocks=(EncoderLayer, DecoderLayer),
     )
-    record = {"weights": trained.weights.name, "sha256": sha256(trained.weights)}
-    write_json(run / DIALOG / RECOMMENDER_RECORD, record)
-    return result
 
 
 def dialog_step(
@@ -114,3 +112,11 @@ def _keep_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
         vocabulary.save(path)
     elif Vocabulary.load(path).fingerprint != vocabulary.fingerprint:
         raise ValueError(f"{path}: another vocabulary than that of the data; use a new run")
+
+
+def _keep_recommender(trained: TrainedRecommender, path: Path) -> None:
+    """Note the recommender before the first step: an interrupted dialog model can be used too."""
+    if path.exists():
+        check_recommender(path, trained)
+    else:
+        write_json(path, recommender_record(trained))

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from separata_shared.files import read_text, write_text
+from separata_shared.files import read_lines, read_text, write_text
 
 NULL, START, END, UNK = range(4)
 SPECIALS = ("__null__", "__start__", "__end__", "__unk__")
@@ -177,3 +177,27 @@ def learn_vocabulary(texts: Iterable[Sequence[str]], *, slots: Slots) -> Vocabul
         del counts[mark]
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
     return Vocabulary(ranked, slots=slots)
+
+
+def read_dictionary(path: Path, *, slots: Slots) -> Vocabulary:
+    """The vocabulary of a dictionary that ParlAI wrote: lines of a token, a tab and its count.
+
+    Args:
+        path: The file, ``.dict`` beside a checkpoint.
+        slots: Whether an item and an unknown word are two tokens or one; in ParlAI's, one.
+
+    Raises:
+        ValueError: The file is missing or something else; the message names it.
+    """
+    words = []
+    for number, line in enumerate(read_lines(path), start=1):
+        word, _, count = line.rpartition("\t")
+        if not word or not count.isdecimal():
+            raise ValueError(f"{path}: line {number} is not a token, a tab and its count")
+        words.append(word)
+    if tuple(words[: len(SPECIALS)]) != SPECIALS:
+        raise ValueError(f"{path}: does not begin with the tokens {', '.join(SPECIALS)}")
+    try:
+        return Vocabulary(words[len(SPECIALS) :], slots=slots)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a usable dictionary ({error})") from None
