@@ -60,7 +60,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         for record in rows
         if record["metric"].get("signature")
     )
-    notes = [f"- `{record['id']}`: {record['note']}\n" for record in rows if record.get("note")]
+    said: dict[str, list[str]] = {}
+    for record in rows:
+        if record.get("note"):
+            said.setdefault(record["note"], []).append(f"`{record['id']}`")
+    notes = [f"- {', '.join(ids)}: {note}\n" for note, ids in said.items()]
     for title, items in (("Signatures", signatures), ("Notes", notes)):
         if items:
             text += f"\n{title}:\n\n" + "".join(items)
