@@ -201,7 +201,7 @@ def build(session: nox.Session) -> None:
         with session.chdir(folder):
             command = [python, "-m", module(project)]
             session.run(*command, "--help", external=True, silent=True)
-            session.run(*command, "train", "--train.steps", "1", external=True)
+            session.run(*command, "train", "--train.steps", "1", external=True, env=ONE_THREAD)
     shutil.rmtree(fresh)
 
 
