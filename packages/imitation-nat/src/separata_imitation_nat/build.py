@@ -133,8 +133,8 @@ def initialise(learner: NonAutoregressive, donor: nn.Module) -> list[str]:
             that the donor lacks; the message names one.
     """
     given, own = donor.state_dict(), learner.state_dict()
-    for name in given.keys() & own.keys():
-        if given[name].shape != own[name].shape:
+    for name in own:  # in the model's order, so that the message is the same every time
+        if name in given and given[name].shape != own[name].shape:
             raise ValueError(
                 f"{name}: is {tuple(given[name].shape)} in the model to start from, but "
                 f"{tuple(own[name].shape)} in the learner"

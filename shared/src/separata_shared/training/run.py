@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,14 @@ def environment() -> dict[str, Any]:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "gpus": [torch.cuda.get_device_name(index) for index in gpus],
         "cuda": torch.version.cuda,
-        "versions": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
+        "versions": _versions(),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    # Of what the process may have imported: reading it takes a while, and many runs may follow.
+    return dict(sorted((d.metadata["Name"], d.version) for d in distributions()))
 
 
 def _cpu() -> str:
