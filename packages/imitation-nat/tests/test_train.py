@@ -17,7 +17,7 @@ from separata_imitation_nat.objective import (
     validation,
 )
 from separata_imitation_nat.train import train, train_demonstrator
-from separata_shared.data.vocabulary import PAD
+from separata_shared.data.vocabulary import EOS, PAD
 from separata_shared.training import Run, read_weights
 from separata_shared.translation import ParallelBatch, validation_loss
 from separata_shared.translation.train import with_vocabulary
@@ -149,6 +149,26 @@ def test_the_weights_of_the_objective_are_those_of_its_terms(
         total = log["nll"] + imitation * log["imitation"] + length * log["length"]
         assert torch.isclose(loss.total / loss.count, total, rtol=1e-6)
         assert loss.count == real.sum()
+
+
+def test_the_learner_imitates_what_the_demonstrator_does_on_the_words_before(
+    small: Settings, demonstrator: Path
+) -> None:
+    # Each sentence alone: forced from the end mark, the demonstrator predicts y_t at step t, and
+    # the learner at position t.
+    expert, batch = load_demonstrator(demonstrator), batch_of(small)
+    network = build_learner(expert.model).eval()
+    step = learner_step(network, ObjectiveConfig(), 0.0, demonstrator=expert.network)
+    loss = step(network, batch)
+    terms = []
+    for source, target in zip(batch.source, batch.target, strict=True):
+        source, target = source[source != PAD][None], target[target != PAD][None]
+        forced = torch.cat((torch.full((1, 1), EOS), target[:, :-1]), dim=1)
+        with torch.no_grad():
+            _, expected = expert.network.actions(source, forced)
+            own = network(source, torch.ones_like(target, dtype=torch.bool)).log_pi
+        terms.append(-(expected.exp() * own).sum(dim=-1).mean(dim=0).flatten())
+    torch.testing.assert_close(loss.log["imitation"] / loss.count, torch.cat(terms).mean())
 
 
 def test_without_balance_the_demonstrators_words_are_those_of_a_teachers_step(
