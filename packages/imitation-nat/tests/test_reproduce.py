@@ -164,6 +164,22 @@ def test_the_ablation_pairs_its_rows_by_seed_and_can_be_stopped(
     assert "nrefs:1" in printed
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 0}, "^samples: must be at least 1, got 0"),
+        ({"seeds": [1, 2, 1]}, r"^seeds: each may be there once, got \[1, 2, 1\]"),
+        ({"weights": [0.1, -1.0]}, r"^objective\.imitation: must not be negative, got -1\.0"),
+    ],
+)
+def test_options_of_the_ablation_are_checked_before_anything_is_trained(
+    brief: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ablate(**brief, **changes, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def _stop_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
     left = iter(range(calls))
 

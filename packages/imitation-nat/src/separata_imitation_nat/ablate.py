@@ -84,8 +84,14 @@ def ablate(
         What was written to the table.
 
     Raises:
-        ValueError: A row cannot be trained or scored.
+        ValueError: An option does not fit, or a row cannot be trained or scored.
     """
+    if samples < 1:
+        raise ValueError(f"samples: must be at least 1, got {samples}")
+    if seeds and len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: each may be there once, got {seeds}")
+    for weight in weights or ():
+        replace(objective, imitation=weight)  # refuses a weight before anything is trained
     prepare_once(data)
     settings: Settings = {"model": model, "data": data, "train": train, "decode": decode}
     settings |= {"parallel": parallel, "objective": objective, "label_smoothing": label_smoothing}
