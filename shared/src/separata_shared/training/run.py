@@ -147,6 +147,10 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_").split(".")[0])
 
 
+# Reading them takes a while, and a process may begin many runs.
+_versions = cache(lambda: dict(sorted((d.metadata["Name"], d.version) for d in distributions())))
+
+
 def environment() -> dict[str, Any]:
     """Versions, commit, hardware, threads and command of this process."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
@@ -164,12 +168,6 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": _versions(),
     }
-
-
-@cache
-def _versions() -> dict[str, str]:
-    # Of what the process may have imported: reading it takes a while, and many runs may follow.
-    return dict(sorted((d.metadata["Name"], d.version) for d in distributions()))
 
 
 def _cpu() -> str:
