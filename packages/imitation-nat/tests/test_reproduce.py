@@ -54,13 +54,20 @@ def test_every_stage_is_made_with_its_own_number_of_steps(reproduced: Path) -> N
 
 
 def test_what_is_done_stays_as_it_is(
-    reproduced: Path, brief: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    reproduced: Path,
+    brief: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = contents(reproduced)
     monkeypatch.setattr(distill_module, "translate_shard", None)  # calling it would fail
     again = reproduce(**brief, run=reproduced)
     assert contents(reproduced) == before
     assert again == json.loads((reproduced / "learner/scores.json").read_text())
+    said = capsys.readouterr().err.splitlines()
+    places = [said.index(f"{reproduced / name}: {name}") for name in ("teacher", "demonstrator")]
+    assert places == sorted(places)  # each stage is named before what it prints
+    assert said.index(f"{reproduced / 'learner'}: learner") > places[1]
 
 
 def test_a_stage_that_was_lost_is_made_again_with_the_same_result(
