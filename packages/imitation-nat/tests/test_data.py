@@ -91,7 +91,7 @@ def test_distillation_makes_pairs_valid_that_independent_words_cannot(tmp_path: 
     data = DataConfig(
         dataset="text", raw=str(tmp_path / "raw"), prepared=str(tmp_path / "prepared"),
         source_language="src", target_language="tgt", segmentation="words", vocabulary_size=100,
-        max_length=16, max_tokens=1000,
+        max_length=16, max_tokens=500,
     )  # fmt: skip
     prepare(data=data)
     settings: dict[str, Any] = {
@@ -102,7 +102,7 @@ def test_distillation_makes_pairs_valid_that_independent_words_cannot(tmp_path: 
         ),
         "data": data,
         "train": TrainConfig(
-            steps=100, lr=5e-3, schedule="linear", warmup=20, clip_norm=1.0, log_every=50,
+            steps=90, lr=5e-3, schedule="linear", warmup=10, clip_norm=1.0, log_every=90,
             device="cpu",
         ),
         "decode": DecodeConfig(beam=4, alpha=0.6, max_length_constant=10),

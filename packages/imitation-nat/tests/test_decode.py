@@ -18,6 +18,7 @@ from separata_imitation_nat.decode import (
     most_likely,
     own_scores,
     parallel_decode,
+    source_window,
     teacher_scorer,
     teacher_scores,
     top_lengths,
@@ -137,6 +138,25 @@ def test_the_lengths_of_a_window_are_contiguous_and_each_is_scored_once(
         centre = min(max(size + difference, 1), 2 * size + 20)
         least, most = max(centre - radius, 1), min(centre + radius, 2 * size + 20)
         assert kept == list(range(least, most + 1))
+
+
+@properties
+@given(
+    lengths=sources, radius=st.integers(0, 3), offset=st.integers(-9, 40), seed=st.integers(0, 99)
+)  # fmt: skip
+def test_a_window_around_the_source_does_not_ask_the_length_head(
+    lengths, radius, offset, seed
+) -> None:
+    learner, _ = pair(seed, difference=17)
+    chosen = source_window(radius, offset=offset)
+    found = parallel_decode(learner, sentences(lengths, seed), lengths=chosen, scorer=own_scores)
+    assert found.candidate_scores is not None
+    for row, size in enumerate(lengths):
+        scored = found.candidate_scores[row] > -torch.inf
+        longest = 2 * size + 20
+        centre = min(max(size + offset, 1), longest)
+        wanted = range(max(centre - radius, 1), min(centre + radius, longest) + 1)
+        assert found.candidate_lengths[row][scored].tolist() == list(wanted)
 
 
 @properties
@@ -271,7 +291,9 @@ def test_length_probabilities_sum_to_one_whatever_the_padding(lengths, seed, pad
     assert_close(learner.predict_length(learner.encode(padded)), logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [most_likely, window(3), top_lengths(300)])
+@pytest.mark.parametrize(
+    "lengths", [most_likely, window(3), top_lengths(300), source_window(3, offset=-5)]
+)
 @properties
 @given(
     source=st.lists(st.integers(1, 300), min_size=1, max_size=4), seed=st.integers(0, 99),
@@ -323,6 +345,7 @@ def test_collapsing_leaves_no_token_twice_in_a_row(rows) -> None:
         ({"scorer": "none", "radius": 3}, 1),
         ({"scorer": "self", "radius": 2}, 5),
         ({"scorer": "teacher", "lengths": "top_k", "top_k": 4}, 4),
+        ({"scorer": "self", "lengths": "source", "radius": 2, "offset": 1}, 5),
     ],
 )
 def test_the_configuration_decides_lengths_and_scorer(settings_, count, collapse) -> None:
@@ -334,6 +357,15 @@ def test_the_configuration_decides_lengths_and_scorer(settings_, count, collapse
     assert found.candidate_lengths.max() <= 9
     repeated = found.tokens[:, 1:].eq(found.tokens[:, :-1]) & found.tokens[:, 1:].ne(PAD)
     assert not (collapse and repeated.any())
+
+
+def test_without_a_scorer_the_centre_of_the_window_is_decoded() -> None:
+    learner, _ = pair(1, difference=2)
+    expected = {"window": [6, 8], "top_k": [6, 8], "source": [7, 9]}
+    for lengths, wanted in expected.items():
+        chosen = ParallelDecodeConfig(scorer="none", lengths=lengths, offset=3, radius=2)
+        found = configured(chosen, max_length=20)(learner, sentences([4, 6]))
+        assert found.candidate_lengths.flatten().tolist() == wanted
 
 
 def test_a_missing_teacher_and_wrong_numbers_are_named() -> None:

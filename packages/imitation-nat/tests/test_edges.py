@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from separata_imitation_nat.ablate import compare
-from separata_imitation_nat.generate import kind_of, open_run, read_scorer
+from separata_imitation_nat.build import build_learner
+from separata_imitation_nat.generate import (
+    kind_of,
+    length_report,
+    load_learner,
+    open_run,
+    read_scorer,
+)
 from separata_imitation_nat.quality import (
     ActionUse,
     bleu_by_length,
@@ -191,6 +199,20 @@ def test_unknown_and_empty_words_are_translated(command: Command, runs: Path) ->
         run = ("--run", "runs/learner", "--scorer", "runs/teacher", "--radius", radius)
         lines = command("translate", *run, stdin=text).output.split("\n")
         assert [bool(line) for line in lines] == [True, False, False, True, False]
+
+
+def test_a_length_beyond_the_models_positions_is_reported_and_decoded_shorter(
+    learner: Path,
+) -> None:
+    trained = load_learner(learner)
+    model = replace(trained.model, positions="learned")
+    network = build_learner(model).eval()
+    longest = torch.arange(256).float()  # T - S = 127, and the model has 32 positions
+    network.length.projection.register_forward_hook(lambda module, x, y: y + 9 * longest)
+    source = torch.from_numpy(trained.source_vocabulary.encode("s1 s2 s3")).long()
+    found = length_report(replace(trained, model=model, network=network), [source], [131])
+    assert found["length"]["exact"]["value"] == 100
+    assert len(found["actions"]) == 2
 
 
 def test_files_of_different_lengths_cannot_be_scored(command: Command, runs: Path) -> None:

@@ -85,6 +85,11 @@ def test_the_demonstrator_is_read_teacher_forced() -> None:
     ]
     torch.testing.assert_close(found[0][:, :2], found[1][:, :2])
     assert not torch.allclose(found[0][:, 2:], found[1][:, 2:])
+    with torch.no_grad():
+        _, log_pi = demonstrator.actions(
+            torch.tensor([[4, 5, EOS]]), torch.tensor([[EOS, 7, 8, 9]])
+        )
+    torch.testing.assert_close(found[0], log_pi[:, 0].exp())
 
 
 def test_agreement_is_one_for_equal_and_zero_for_disjoint_distributions() -> None:

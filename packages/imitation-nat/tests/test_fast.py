@@ -28,7 +28,7 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"normalisation": "pre", "activation": "gelu", "positions": "learned"},
     {"embeddings": "separate", "actions": "hard", "combine": "gate"},
-    {"combine": "concat", "action_layers": "last", "copy": "uniform"},
+    {"combine": "concat", "action_layers": "last", "copy": "uniform", "length_from": "all"},
     {"num_actions": 0, "copy": "zero"},
 ]
 

@@ -32,7 +32,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"combine": "concat", "share_codebook": True},
     {"normalisation": "pre", "positions": "learned", "activation": "gelu", "action_layers": [0]},
     {"copy": "uniform", "copy_from": "embeddings", "num_actions": 0},
-    {"copy": "soft_relative", "length_offset": 20, "length_detach": True},
+    {"copy": "soft_relative", "length_offset": 20, "length_detach": True, "length_from": "all"},
     {"copy": "zero", "embeddings": "separate"},
     {"actions": "hard", "share_codebook": True, "embeddings": "target"},
 ]
@@ -215,6 +215,27 @@ def test_a_detached_length_head_leaves_the_encoder_alone() -> None:
         learner = build_learner(config(length_detach=detach))
         learner.predict_length(learner.encode(sentences([4]))).square().sum().backward()
         assert (learner.encoder.layers[0].feed_forward.fc1.weight.grad is None) == detach
+
+
+@pytest.mark.parametrize("normalisation", ["post", "pre"])
+def test_a_length_head_may_average_the_sum_of_all_layers(normalisation) -> None:
+    torch.manual_seed(10)
+    learner = build_learner(config(length_from="all", normalisation=normalisation)).eval()
+    top = build_learner(config(normalisation=normalisation)).eval()
+    top.load_state_dict(learner.state_dict())
+    outputs: list[Tensor] = []
+    for layer in learner.encoder.layers:
+        layer.register_forward_hook(lambda module, inputs, x: outputs.append(x))
+    source = sentences([3, 5])
+    encoding, plain = learner.encode(source), top.encode(source)
+    assert len(outputs) == 2
+    real = encoding.mask[:, :, None]
+    mean = (sum(outputs) * real).sum(dim=1) / real.sum(dim=1)
+    expected = mean @ learner.length.projection.weight.t()
+    assert_close(learner.predict_length(encoding), expected)
+    assert not torch.isclose(top.predict_length(plain), expected).all()
+    assert torch.equal(encoding.memory, plain.memory)  # all else is as it was
+    assert torch.equal(encoding.copied, plain.copied)
 
 
 def test_codebooks_move_in_training_towards_real_positions_only() -> None:

@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def brief(small: dict[str, Any]) -> dict[str, Any]:
     """A pipeline of few steps."""
     return small | {
-        "train": replace(small["train"], steps=4, save_every=2, evaluate_every=2),
+        "train": replace(small["train"], steps=4, save_every=50, evaluate_every=0),
         "stages": StagesConfig(teacher_steps=6, demonstrator_steps=3),
     }
 
@@ -54,13 +54,20 @@ def test_every_stage_is_made_with_its_own_number_of_steps(reproduced: Path) -> N
 
 
 def test_what_is_done_stays_as_it_is(
-    reproduced: Path, brief: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    reproduced: Path,
+    brief: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = contents(reproduced)
     monkeypatch.setattr(distill_module, "translate_shard", None)  # calling it would fail
     again = reproduce(**brief, run=reproduced)
     assert contents(reproduced) == before
     assert again == json.loads((reproduced / "learner/scores.json").read_text())
+    said = capsys.readouterr().err.splitlines()
+    places = [said.index(f"{reproduced / name}: {name}") for name in ("teacher", "demonstrator")]
+    assert places == sorted(places)  # each stage is named before what it prints
+    assert said.index(f"{reproduced / 'learner'}: learner") > places[1]
 
 
 def test_a_stage_that_was_lost_is_made_again_with_the_same_result(
@@ -162,6 +169,22 @@ def test_the_ablation_pairs_its_rows_by_seed_and_can_be_stopped(
     printed = capsys.readouterr().out
     assert all(name in printed for name in lines)
     assert "nrefs:1" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 0}, "^samples: must be at least 1, got 0"),
+        ({"seeds": [1, 2, 1]}, r"^seeds: each may be there once, got \[1, 2, 1\]"),
+        ({"weights": [0.1, -1.0]}, r"^objective\.imitation: must not be negative, got -1\.0"),
+    ],
+)
+def test_options_of_the_ablation_are_checked_before_anything_is_trained(
+    brief: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ablate(**brief, **changes, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def _stop_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:

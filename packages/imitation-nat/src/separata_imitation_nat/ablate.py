@@ -21,7 +21,7 @@ from .config import (
 from .evaluate import text_of
 from .quality import paired_bootstrap
 from .reproduce import evaluate_once, prepare_once
-from .train import earlier_stages, train_mask_predict, train_teacher
+from .train import announce, earlier_stages, train_mask_predict, train_teacher
 from .train import train as train_learner
 
 Row = Literal["autoregressive", "deep-encoder", "vanilla", "soft-copy", "imitation", "mask-predict"]
@@ -84,8 +84,14 @@ def ablate(
         What was written to the table.
 
     Raises:
-        ValueError: A row cannot be trained or scored.
+        ValueError: An option does not fit, or a row cannot be trained or scored.
     """
+    if samples < 1:
+        raise ValueError(f"samples: must be at least 1, got {samples}")
+    if seeds and len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: each may be there once, got {seeds}")
+    for weight in weights or ():
+        replace(objective, imitation=weight)  # refuses a weight before anything is trained
     prepare_once(data)
     settings: Settings = {"model": model, "data": data, "train": train, "decode": decode}
     settings |= {"parallel": parallel, "objective": objective, "label_smoothing": label_smoothing}
@@ -158,6 +164,7 @@ def variants_of(
 
 def _run_once(variant: Variant, train: TrainConfig, path: Path, folder: Path) -> dict[str, Any]:
     """Train and score one row with one seed, unless that was done."""
+    announce(path, f"{variant.name}, seed {train.seed}")
     variant.train(train, path)
     scores = evaluate_once(path, scorer=folder / "teacher")
     return {"run": path, "seed": train.seed, "scores": scores}

@@ -36,6 +36,8 @@ from .model import (
     Learner,
     MaskPredictor,
     NonAutoregressive,
+    all_layers,
+    top_layer,
     top_states,
     word_embeddings,
 )
@@ -98,7 +100,7 @@ def build_learner(config: ModelConfig) -> Learner:
         Learner,
         copy=copies[config.copy](),
         copied_of={"states": top_states, "embeddings": word_embeddings}[config.copy_from],
-        length=_length_head(config),
+        **_length(config),
     )
     learner = build_transformer(
         config, kind, attend=_both_ways, **_parts(config), **_actions(config)
@@ -111,7 +113,7 @@ def build_learner(config: ModelConfig) -> Learner:
 
 def build_mask_predictor(config: ModelConfig) -> MaskPredictor:
     """Compose the mask-predict model that ``config`` describes; it has no actions."""
-    kind = partial(MaskPredictor, length=_length_head(config))
+    kind = partial(MaskPredictor, **_length(config))
     return build_transformer(config, kind, attend=_both_ways, **_parts(config))
 
 
@@ -133,8 +135,8 @@ def initialise(learner: NonAutoregressive, donor: nn.Module) -> list[str]:
             that the donor lacks; the message names one.
     """
     given, own = donor.state_dict(), learner.state_dict()
-    for name in given.keys() & own.keys():
-        if given[name].shape != own[name].shape:
+    for name in own:  # in the model's order, so that the message is the same every time
+        if name in given and given[name].shape != own[name].shape:
             raise ValueError(
                 f"{name}: is {tuple(given[name].shape)} in the model to start from, but "
                 f"{tuple(own[name].shape)} in the learner"
@@ -165,14 +167,17 @@ def _both_ways(site: Site, layer: int) -> Attend:
     return all_positions if site == "decoder_self" else dense_attention
 
 
-def _length_head(config: ModelConfig) -> LengthHead:
+def _length(config: ModelConfig) -> dict[str, Any]:
+    """The length head, and how it gets its states out of the encoder."""
     first, num_classes = CLASSES[config.length_offset]
-    return LengthHead(
+    head = LengthHead(
         config.width,
         num_classes,
         first_length=length_difference(first),
         read=Tensor.detach if config.length_detach else unchanged,
     )
+    states = {"top": top_layer, "all": all_layers}
+    return {"length": head, "run_encoder": states[config.length_from]}
 
 
 def _actions(config: ModelConfig) -> dict[str, Any]:

@@ -65,6 +65,11 @@ class ModelConfig(TransformerConfig):
     length_offset: Literal[128, 20] = 128
     """Classes of the length head: T - S from -128 to 127, or from -20 to 20."""
 
+    length_from: Literal["top", "all"] = "top"
+    """What the length head averages over the source: the encoder's top states, or the sum of what
+    all its layers put out, as the code that the paper follows. Which of them the paper has is not
+    known."""
+
     length_detach: bool = False
     """Keep the gradient of the length loss from the encoder."""
 
@@ -104,18 +109,24 @@ class ModelConfig(TransformerConfig):
 class ParallelDecodeConfig:
     """How a learner decodes: which lengths, and who chooses among them."""
 
-    lengths: Literal["window", "top_k"] = "window"
-    """Lengths around the most likely one, or the most likely lengths."""
+    lengths: Literal["window", "top_k", "source"] = "window"
+    """Lengths around the most likely one, the most likely lengths, or lengths around the source's
+    own, which do without the length head. That the paper's window is the first is remembered, not
+    checked."""
 
     radius: int = 3
-    """Half width dT of the window: ``2 dT + 1`` candidates; 0 decodes the most likely length."""
+    """Half width dT of the windows: ``2 dT + 1`` candidates; 0 decodes their centre alone."""
+
+    offset: int = 0
+    """With ``lengths`` source: what is added to the source's length, such as the mean of T - S in
+    the training text."""
 
     top_k: int = 5
     """Candidates with ``lengths`` top_k."""
 
     scorer: Literal["teacher", "self", "none"] = "teacher"
     """Who scores the candidates: the teacher, the learner itself, or nobody, which decodes the most
-    likely length alone."""
+    likely length alone (with ``lengths`` source: the source's length plus ``offset``)."""
 
     collapse: bool = False
     """Remove a token that repeats the one before it, after the choice."""
@@ -136,7 +147,7 @@ class ParallelDecodeConfig:
         """Lengths decoded for each sentence."""
         if self.scorer == "none":
             return 1
-        return 2 * self.radius + 1 if self.lengths == "window" else self.top_k
+        return self.top_k if self.lengths == "top_k" else 2 * self.radius + 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,18 @@ def window(radius: int) -> Lengths:
     return lengths
 
 
+def source_window(radius: int, *, offset: int = 0) -> Lengths:
+    """The ``2 * radius + 1`` lengths around ``S + offset``, whatever the length head says."""
+
+    def lengths(
+        logits: Tensor, head: LengthHead, source_lengths: Tensor, longest: Tensor
+    ) -> Tensor:
+        centre = (source_lengths + offset).clamp(min=1).minimum(longest)
+        return length_window(centre, 2 * radius + 1).minimum(longest[:, None])
+
+    return lengths
+
+
 def top_lengths(k: int) -> Lengths:
     """The k most likely of the possible lengths, best first; all where there are fewer."""
 
@@ -235,10 +247,15 @@ def configured(
     if config.scorer == "teacher" and teacher is None:
         raise ValueError("parallel.scorer: teacher needs a teacher; give one, or use self or none")
     scorers = {"none": None, "self": own_scores, "teacher": teacher and teacher_scorer(teacher)}
-    lengths = {"window": window(config.radius), "top_k": top_lengths(config.top_k)}
+    radius = 0 if config.scorer == "none" else config.radius
+    lengths = {
+        "window": window(radius),
+        "top_k": most_likely if config.scorer == "none" else top_lengths(config.top_k),
+        "source": source_window(radius, offset=config.offset),
+    }
     decode = partial(
         parallel_decode,
-        lengths=most_likely if config.scorer == "none" else lengths[config.lengths],
+        lengths=lengths[config.lengths],
         scorer=scorers[config.scorer],
         longest=lambda source_lengths: longest_output(source_lengths).clamp(max=max_length),
     )

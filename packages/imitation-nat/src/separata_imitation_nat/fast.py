@@ -81,7 +81,8 @@ def compile_learner(
     """Parallel decoding with a compiled encoder and decoder, for few different shapes.
 
     Sources and targets are padded to multiples of a length, so a program serves a whole range of
-    lengths. Torch keeps eight programs of each part, and computes further shapes without one.
+    lengths. Torch keeps eight programs of each part, and computes further shapes without one. An
+    encoder all of whose layers the length head averages is not compiled.
 
     Args:
         learner: Stays as it is.

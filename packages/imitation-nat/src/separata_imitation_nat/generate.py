@@ -205,7 +205,8 @@ def length_report(
         found = network.length.lengths(
             network.predict_length(encoding).argmax(dim=1), encoding.mask.sum(dim=1)
         ).clamp(min=1)
-        mask = length_mask(found.clamp(max=trained.model.max_length), int(found.max()))
+        decoded = found.clamp(max=trained.model.max_length)
+        mask = length_mask(decoded, int(decoded.max()))
         trace = ActionTrace()
         network.decode(encoding, mask, trace)
         if trained.model.layers_with_actions:
@@ -241,8 +242,8 @@ def generate(
         weights: Weights file; default: the best of the run.
         scorer: Run directory of the teacher, or of a demonstrator, that chooses among a learner's
             lengths.
-        radius: Half width of a learner's window of lengths; 0 decodes the most likely length
-            without a scorer; default: the run's.
+        radius: Half width of a learner's window of lengths; 0 decodes its centre without a scorer;
+            default: the run's.
         clean: Remove words that repeat the one before.
         limit: Translate only so many lines; default: all.
 
@@ -281,7 +282,8 @@ def _parallel_of(run: Path, radius: int | None) -> ParallelDecodeConfig | None:
         "parallel"
     ]
     scorer = kept.scorer if radius else "none"
-    return replace(kept, lengths="window", radius=radius, scorer=scorer)
+    lengths: Literal["window", "source"] = "source" if kept.lengths == "source" else "window"
+    return replace(kept, lengths=lengths, radius=radius, scorer=scorer)
 
 
 @torch.inference_mode()

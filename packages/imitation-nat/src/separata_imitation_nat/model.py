@@ -33,6 +33,7 @@ length, M model width, V vocabulary, L layers with actions, K actions, C length 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from separata_shared.data.vocabulary import PAD, UNK
 from separata_shared.nn import Decoder, Encoder, InputEmbedding, Transformer, padding_mask
 from torch import Tensor, nn
@@ -81,6 +82,8 @@ class Encoding(NamedTuple):
     """Boolean ``(B, S)``, True = real token."""
     copied: Tensor
     """What the learner copies, ``(B, S, M)``."""
+    length_states: Tensor
+    """What the length head averages, ``(B, S, M)``."""
 
 
 class LearnerOutput(NamedTuple):
@@ -107,6 +110,8 @@ class NonAutoregressive(nn.Module):
         output: Projection of the decoder states to the vocabulary.
         padding_index: Token that fills short sequences.
         length: From encoder states to logits of length classes.
+        run_encoder: Called as ``run_encoder(encoder, x, mask)``; gives the top states and those
+            that the length head averages.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class NonAutoregressive(nn.Module):
         output: Callable[[Tensor], Tensor],
         padding_index: int,
         length: LengthHead,
+        run_encoder: Callable[[Encoder, Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> None:
         super().__init__()
         self.source = source
@@ -128,6 +134,7 @@ class NonAutoregressive(nn.Module):
         self.output = output
         self.padding_index = padding_index
         self.length = length
+        self.run_encoder = run_encoder
 
     def copied(self, source: Tensor, memory: Tensor) -> Tensor:
         """What of the source ``(B, S)`` and its states ``(B, S, M)`` may be copied."""
@@ -136,12 +143,12 @@ class NonAutoregressive(nn.Module):
     def encode(self, source: Tensor) -> Encoding:
         """Encode source tokens ``(B, S)``, padded on the right."""
         mask = padding_mask(source, self.padding_index)
-        memory = self.encoder(self.source(source), mask=mask)
-        return Encoding(memory, mask[:, 0, 0], self.copied(source, memory))
+        memory, length_states = self.run_encoder(self.encoder, self.source(source), mask)
+        return Encoding(memory, mask[:, 0, 0], self.copied(source, memory), length_states)
 
     def predict_length(self, encoding: Encoding) -> Tensor:
         """Logits ``(B, C)`` of the length classes."""
-        logits: Tensor = self.length(encoding.memory, encoding.mask)  # Eq. 6
+        logits: Tensor = self.length(encoding.length_states, encoding.mask)  # Eq. 6
         return logits
 
     def decode_states(
@@ -221,6 +228,24 @@ class MaskPredictor(NonAutoregressive):
         """Logits of the words ``(B, T, V)`` and of the length ``(B, C)``."""
         encoding = self.encode(source)
         return self.decode(encoding, tokens), self.predict_length(encoding)
+
+
+def top_layer(encoder: Encoder, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Let the length head average the top states."""
+    memory = encoder(x, mask=mask)
+    return memory, memory
+
+
+def all_layers(encoder: Encoder, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Let the length head average the sum of what all layers of ``encoder`` put out.
+
+    A norm after the last layer is not in the sum.
+    """
+    total = torch.zeros_like(x)
+    for layer in encoder.layers:
+        x = layer(x, mask=mask)
+        total = total + x
+    return encoder.final_norm(x), total
 
 
 def top_states(learner: Learner, source: Tensor, memory: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .config import (
     StagesConfig,
 )
 from .evaluate import evaluate
-from .train import earlier_stages
+from .train import announce, earlier_stages
 from .train import train as train_learner
 
 
@@ -63,6 +63,7 @@ def reproduce(
     settings["label_smoothing"] = label_smoothing
     prepare_once(data)
     earlier_stages(settings, **places)
+    announce(run / "learner", "learner")
     train_learner(**settings, **places, run=run / "learner")
     return evaluate_once(run / "learner", scorer=run / "teacher")
 

@@ -5,6 +5,7 @@ prepare -> train-teacher -> distill -> train-demonstrator -> train
 ```
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,7 @@ def train(
     if data.dataset == "tiny" and not all(place.exists() for place in needed):
         places: dict[str, Any] = {"teacher": teacher, "distilled": distilled}
         earlier_stages({**settings, "stages": stages}, **places, demonstrator=demonstrator)
+        announce(run, "learner")
     corpus, settings["model"] = load_for(model, data)
     settings["stages"] = replace(stages, teacher_steps=0, demonstrator_steps=0)
     corpus, inputs = training_part(corpus, data, stages, distilled)
@@ -293,12 +295,20 @@ def earlier_stages(
     groups |= {"stages": stages, "label_smoothing": settings["label_smoothing"]}
     asked = (stages.targets == "distilled", stages.initialise == "teacher")
     if any(asked) or settings["parallel"].scorer == "teacher":
+        announce(teacher, "teacher")
         train_teacher(**groups, run=teacher)
     if stages.targets == "distilled":
+        announce(distilled, "the teacher's translations")
         distill(teacher=teacher, output=distilled)
+    announce(demonstrator, "demonstrator")
     train_demonstrator(
         **groups, objective=settings["objective"], distilled=distilled, run=demonstrator
     )
+
+
+def announce(place: Path, stage: str) -> None:
+    """Say which of several stages the following lines are about."""
+    print(f"{place}: {stage}", file=sys.stderr)
 
 
 def with_steps(train: TrainConfig, steps: int) -> TrainConfig:

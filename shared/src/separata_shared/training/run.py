@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,10 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_").split(".")[0])
 
 
+# Reading them takes a while, and a process may begin many runs.
+_versions = cache(lambda: dict(sorted((d.metadata["Name"], d.version) for d in distributions())))
+
+
 def environment() -> dict[str, Any]:
     """Versions, commit, hardware, threads and command of this process."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
@@ -161,7 +166,7 @@ def environment() -> dict[str, Any]:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "gpus": [torch.cuda.get_device_name(index) for index in gpus],
         "cuda": torch.version.cuda,
-        "versions": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
+        "versions": _versions(),
     }
 
 
