@@ -17,6 +17,9 @@ from typing import Any
 import nox
 from nox.command import CommandFailed
 
+# Sessions start Python hundreds of times; without byte code kept, each start compiles torch anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["lint", "types", "imports", "tests", "contract"]
 

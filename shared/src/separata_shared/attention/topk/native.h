@@ -9,6 +9,10 @@
 #include <new>
 #include <vector>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 struct Bf16 {
   uint16_t bits;
 };
@@ -122,4 +126,14 @@ struct Level {
   void (*backward_keys[2])(const Problem&, const Gradients&, const Task&, int64_t, int64_t);
 };
 
-constexpr int64_t BLOCK_SCORES = 96 * 1024;  // floats; they stay in the second-level cache
+// Floats of a block of scores, which stay in the second-level cache; a larger block reads the packed
+// keys less often. Where the system does not tell the size of that cache, it is taken for 1 MB.
+inline int64_t block_scores() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const int64_t bytes = 0;
+#endif
+  constexpr int64_t USUAL = 1 << 20;
+  return std::max(bytes, USUAL) * 3 / 8 / static_cast<int64_t>(sizeof(float));
+}

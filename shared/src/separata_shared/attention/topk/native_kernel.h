@@ -425,7 +425,7 @@ TARGET void forward_task(const Problem& p, const Task& task, Kept& kept) {
   const int64_t rows = task.last - task.first, units = (p.width + Step::WIDTH - 1) / Step::WIDTH;
   const int64_t panels = up(keys, PANEL) / PANEL;
   const int64_t stride = panels * PANEL + LANES;  // not a power of two: rows in other cache sets
-  int64_t block = BLOCK_SCORES / stride / ROWS * ROWS;
+  int64_t block = block_scores() / stride / ROWS * ROWS;
   block = std::min(std::max<int64_t>(block, ROWS), up(rows, ROWS));
   // At least 2 k maxima give a good lower bound; where there are fewer, the scores themselves do.
   const int64_t wanted = up(2 * p.most_keys, LANES) / LANES;
