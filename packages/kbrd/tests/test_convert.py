@@ -142,7 +142,7 @@ class TestRecommender:
         good = authors_recommender(run)
         command("convert", "--checkpoint", "none").refused("none", "no such file")
         refused(b"", "not a readable checkpoint")
-        refused(b"hello", "model")
+        refused(b"hello", "not a readable checkpoint", "torch did not write it")
         refused([1, 2], "holds no model")
         refused({"model": {"x": torch.zeros(1)}}, "unknown tensor x")
         refused({"model": {n: t for n, t in good.items() if n != "rgcn.att"}}, "lacks graph.att")

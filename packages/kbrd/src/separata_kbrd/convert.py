@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from separata_shared.cli import to_yaml
-from separata_shared.files import sha256, write_json, write_text
+from separata_shared.files import write_json, write_text
 from separata_shared.training import Run, save_weights
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from .convert_dialog import (
 from .data import load
 from .graph import KnowledgeGraph
 from .runs import DIALOG, RECOMMENDER
-from .system import RECOMMENDER_RECORD, VOCABULARY
+from .system import RECOMMENDER_RECORD, VOCABULARY, recommender_record
 from .words import Vocabulary
 
 # Theirs, with the library of 2019 and of today, and ours.
@@ -89,8 +89,7 @@ def convert(
     print(weights)
     if talker is not None:
         corpus.vocabulary.save(run / DIALOG / VOCABULARY)
-        record = {"weights": weights.name, "sha256": sha256(weights)}
-        write_json(run / DIALOG / RECOMMENDER_RECORD, record)
+        write_json(run / DIALOG / RECOMMENDER_RECORD, recommender_record(weights))
         print(_write(run / DIALOG, talker.state, {"data": data, "dialog": talker.config}))
     elif EMBEDDINGS in stored:
         print("the dialog model was left out: it needs its dictionary (data.dictionary)")
@@ -147,7 +146,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: refused, since loading it could run code ({reason})") from None
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
+    except (LookupError, TypeError):  # bytes that are no pickle at all
+        raise ValueError(f"{path}: not a readable checkpoint (torch did not write it)") from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "it ends too early"
         raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
     if isinstance(stored, dict) and isinstance(stored.get("model"), dict):

@@ -218,9 +218,9 @@ def _spotlight(url: str, trained: TrainedRecommender) -> Link:
     return nodes_of(spotlight_linker(url), number)
 
 
-def recommender_record(trained: TrainedRecommender) -> dict[str, str]:
+def recommender_record(weights: Path) -> dict[str, str]:
     """What ``recommender.json`` says about the recommender of a dialog model."""
-    return {"weights": trained.weights.name, "sha256": sha256(trained.weights)}
+    return {"weights": weights.name, "sha256": sha256(weights)}
 
 
 def check_recommender(path: Path, trained: TrainedRecommender) -> None:
@@ -234,7 +234,7 @@ def check_recommender(path: Path, trained: TrainedRecommender) -> None:
         ValueError: It was trained with another one, or the file cannot be read.
     """
     record = read_json(path)
-    expected = recommender_record(trained)["sha256"]
+    expected = recommender_record(trained.weights)["sha256"]
     if not isinstance(record, dict) or record.get("sha256") != expected:
         raise ValueError(
             f"{path}: the dialog model was trained with other weights than {trained.weights}; "

@@ -119,4 +119,4 @@ def _keep_recommender(trained: TrainedRecommender, path: Path) -> None:
     if path.exists():
         check_recommender(path, trained)
     else:
-        write_json(path, recommender_record(trained))
+        write_json(path, recommender_record(trained.weights))
