@@ -14,6 +14,7 @@ from separata_imitation_nat.decode import (
     Scorer,
     collapse_repeats,
     configured,
+    first_of_largest,
     longest_output,
     most_likely,
     own_scores,
@@ -374,3 +375,24 @@ def test_a_missing_teacher_and_wrong_numbers_are_named() -> None:
     for name, value in (("radius", -1), ("top_k", 0), ("max_tokens", 0)):
         with pytest.raises(ValueError, match=rf"parallel\.{name}"):
             ParallelDecodeConfig(**{name: value})
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([-torch.inf, -1.0, 0.0, 2.0, torch.inf, torch.nan]), min_size=23),
+        min_size=1,
+        max_size=3,
+    ),
+    size=st.integers(1, 23),
+)
+def test_the_first_of_the_largest_in_two_steps(rows: list[list[float]], size: int) -> None:
+    x = torch.tensor([row[:size] for row in rows])
+    assert torch.equal(first_of_largest(x), x.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9, 10, 1000, 31997])
+def test_the_largest_is_found_at_every_kind_of_place(size: int) -> None:
+    places = torch.tensor([0, size // 3, size // 2, size - size // 5 - 1, size - 1])
+    x = torch.randn(5, size + 3)[:, 3:].scatter(1, places[:, None], 99.0)
+    assert torch.equal(first_of_largest(x), places)

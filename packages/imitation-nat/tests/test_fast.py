@@ -15,7 +15,13 @@ from separata_imitation_nat.decode import (
     teacher_scores,
     window,
 )
-from separata_imitation_nat.fast import accelerate, attend, compile_learner
+from separata_imitation_nat.fast import (
+    PackedLinear,
+    QuantisedLinear,
+    accelerate,
+    attend,
+    compile_learner,
+)
 from separata_imitation_nat.length import length_mask
 from separata_shared.attention import dense_attention
 from separata_shared.data.vocabulary import EOS, PAD
@@ -144,6 +150,36 @@ def test_rounded_models_stay_near(precision: Any, tolerance: float) -> None:
                 logits.append(each.decode(each.encode(source), mask)[mask].float())
         error = (logits[0] - logits[1]).norm() / logits[0].norm()
         assert 0 < error < tolerance
+
+
+@pytest.mark.parametrize("sizes", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(
+    ("make", "dtype", "tolerance"),
+    [
+        (PackedLinear, torch.float32, 1e-6),
+        (PackedLinear, torch.bfloat16, 0.02),
+        (QuantisedLinear, torch.float32, 0.05),
+    ],
+)
+def test_a_product_rectifies_its_result(
+    sizes: tuple[int, int],
+    rows: int,
+    has_bias: bool,
+    make: Any,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    weight = torch.randn(sizes).to(dtype)
+    bias = torch.randn(sizes[0]).to(dtype) if has_bias else None
+    x = torch.randn(1, rows, sizes[1]).to(dtype)
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    for then, expected in (("none", exact), ("relu", exact.relu())):
+        found = make(weight, bias, then)(x)
+        assert found.dtype == dtype
+        assert (found.double() - expected).norm() <= tolerance * exact.norm()
+        assert then == "none" or found.min() >= 0
 
 
 @settings(max_examples=30, deadline=None)

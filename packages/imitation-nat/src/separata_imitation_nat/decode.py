@@ -4,6 +4,7 @@ Shapes: B sentences, G candidate lengths of each, N = B * G candidates (those of
 together), S source length, T longest candidate, V vocabulary, C length classes.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -113,8 +114,24 @@ def words_then_end(logits: Tensor, last: Tensor) -> Tensor:
 
     BOS and PAD are never produced, nor EOS in the middle, which would cut the sentence.
     """
-    tokens = logits[..., FIRST_WORD:].argmax(dim=-1) + FIRST_WORD
+    tokens = first_of_largest(logits[..., FIRST_WORD:]) + FIRST_WORD
     return tokens.masked_fill(last, EOS)
+
+
+def first_of_largest(x: Tensor) -> Tensor:
+    """``x.argmax(dim=-1)`` of ``x (..., V)``, first over blocks of places and then inside one.
+
+    Torch's own looks at one number after the other on a CPU, which takes ten times as long for
+    32,000 of them. Of equal places the first wins, and NaN before all.
+    """
+    size = x.size(-1)
+    block = math.isqrt(size)
+    whole = x.unfold(-1, block, block).amax(dim=-1)
+    rest = x[..., -block:].amax(dim=-1, keepdim=True)  # overlaps the last whole block
+    best = torch.cat([whole, rest], dim=-1).argmax(dim=-1, keepdim=True)
+    start = (best * block).clamp(max=size - block)
+    places = start + torch.arange(block, device=x.device)
+    return start.squeeze(-1) + x.gather(-1, places).argmax(dim=-1)
 
 
 def longest_output(source_lengths: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
   search of one sentence) needs the transposed matrix, several rows the blocks of oneDNN.
 - Queries, keys and values of self-attention come out of one product, keys and values of
   cross-attention out of another.
+- A product cuts its negative results off itself where a rectifier follows.
 - Attention does without the checks and the care for rows without any key, which these models do not
   have: every sentence has an end mark.
 - ``int8`` rounds the weights of each output to 8 bits, and the inputs of each product while it
@@ -24,12 +25,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from separata_shared.attention import dense_attention
 from separata_shared.data.vocabulary import PAD
-from separata_shared.nn import DecoderLayer, EncoderLayer, MultiHeadAttention
+from separata_shared.nn import DecoderLayer, EncoderLayer, FeedForward, MultiHeadAttention
 from separata_shared.nn.cache import Cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .actions import ActionTrace, SoftActions
+from .actions import FFN, ActionTrace, SoftActions
 from .build import all_positions
 from .decode import ParallelTranslation, parallel_decode
 from .model import Learner
@@ -39,8 +40,11 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
-"""Makes a linear layer of weights ``(out, in)`` and biases ``(out,)``."""
+Then = Literal["none", "relu"]
+"""What a product does to its result."""
+
+MakeLinear = Callable[..., nn.Module]
+"""Makes a linear layer of weights ``(out, in)``, biases ``(out,)`` or None, and a ``Then``."""
 
 Product = Callable[[Tensor], Tensor]
 Attend = Callable[..., Tensor]
@@ -67,7 +71,7 @@ def accelerate(model: ModelT, precision: Precision = "float32") -> ModelT:
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     if precision == "bfloat16":
         fast.bfloat16()
-    make = {"float32": PackedLinear, "bfloat16": _plain, "int8": QuantisedLinear}[precision]
+    make: MakeLinear = QuantisedLinear if precision == "int8" else PackedLinear
     _replace(fast, make)
     output = getattr(fast, "output", None)
     if output is not None and not isinstance(output, nn.Module):
@@ -121,8 +125,20 @@ def _replace(module: nn.Module, make: MakeLinear) -> None:
             setattr(module, name, nn.Identity())
         elif isinstance(child, SoftActions):
             setattr(module, name, MixedActions(child, make))
+        elif isinstance(child, FFN) or _rectifies(child):
+            setattr(module, name, _two_layers(child, make))
         elif not isinstance(child, SelfAttention | CrossAttention):
             _replace(child, make)
+
+
+def _rectifies(module: nn.Module) -> bool:
+    """Whether it is a feed-forward network of two layers with ``max(0, x)`` between them."""
+    return isinstance(module, FeedForward) and module.activation is F.relu
+
+
+def _two_layers(module: Any, make: MakeLinear) -> nn.Module:
+    """``fc2(relu(fc1(x)))`` without dropout."""
+    return nn.Sequential(make(*_pair(module.fc1), "relu"), make(*_pair(module.fc2)))
 
 
 def _attention(
@@ -241,8 +257,7 @@ class MixedActions(nn.Module):
 
     def __init__(self, actions: SoftActions, make: MakeLinear) -> None:
         super().__init__()
-        self.scores = actions.scores
-        _replace(self.scores, make)
+        self.scores = _two_layers(actions.scores, make)
         self.mix = make(actions.codebook.A.detach().t().contiguous(), None)
 
     def forward(self, r: Tensor, trace: ActionTrace | None = None) -> Tensor:
@@ -255,40 +270,59 @@ class MixedActions(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """``x W^T + b`` in float32 with weights in the order of their use.
+    """``x W^T + b`` in float32 or bfloat16 with weights in the order of their use.
 
     Args:
         weight: ``W (out, in)``.
         bias: ``b (out,)``; None for none.
+        then: What is done to the result.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, then: Then = "none") -> None:
         super().__init__()
         weight = weight.detach()
         bias = None if bias is None else bias.detach()
-        plain: Product = partial(F.linear, weight=weight, bias=bias)
-        self.one_row = self.more_rows = plain
-        # Reading a transposed matrix pays while the result is no shorter than the input.
-        if weight.size(0) >= weight.size(1):
-            self.one_row = partial(_row_product, weight.t().contiguous(), bias)
-        if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        plain: Product = partial(_plain_product, weight, bias, then)
+        self.more_rows = plain
+        if _has_blocks(weight.dtype):
             blocks = torch.ops.mkldnn._reorder_linear_weight(weight.clone(), TYPICAL_ROWS)
-            self.more_rows = partial(_block_product, blocks, bias)
+            self.more_rows = partial(_block_product, blocks, bias, then)
+        if weight.dtype == torch.bfloat16:
+            self.one_row = self.more_rows
+        elif weight.size(0) >= weight.size(1):  # below, reading a transposed matrix does not pay
+            self.one_row = partial(_row_product, weight.t().contiguous(), bias, then)
+        else:
+            self.one_row = plain
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         return self.one_row(x) if x.numel() == x.size(-1) else self.more_rows(x)
 
 
-def _row_product(transposed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _has_blocks(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in this type on this machine."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _plain_product(weight: Tensor, bias: Tensor | None, then: Then, x: Tensor) -> Tensor:
+    return _finish(F.linear(x, weight, bias), then)
+
+
+def _row_product(transposed: Tensor, bias: Tensor | None, then: Then, x: Tensor) -> Tensor:
     row = x.view(1, -1)
     product = row @ transposed if bias is None else torch.addmm(bias, row, transposed)
-    return product.view(*x.shape[:-1], -1)
+    return _finish(product.view(*x.shape[:-1], -1), then)
 
 
-def _block_product(blocks: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
+def _block_product(blocks: Tensor, bias: Tensor | None, then: Then, x: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, blocks, bias, then, [], "")
     return product
+
+
+def _finish(product: Tensor, then: Then) -> Tensor:
+    return product.relu_() if then == "relu" else product
 
 
 class QuantisedLinear(nn.Module):
@@ -297,14 +331,17 @@ class QuantisedLinear(nn.Module):
     Args:
         weight: ``W (out, in)``.
         bias: ``b (out,)``; None for none.
+        then: What is done to the result.
 
     Raises:
         ValueError: This torch has no 8-bit products here.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, then: Then = "none") -> None:
         super().__init__()
         weight = weight.detach().float()
+        products = torch.ops.quantized
+        self.product = products.linear_relu_dynamic if then == "relu" else products.linear_dynamic
         scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         zeros = torch.zeros_like(scales, dtype=torch.long)
         with warnings.catch_warnings():
@@ -321,17 +358,8 @@ class QuantisedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         # Half the range of the inputs: older CPUs add pairs of products in 16 bits.
-        output: Tensor = torch.ops.quantized.linear_dynamic(x, self.packed, True)
+        output: Tensor = self.product(x, self.packed, True)
         return output
-
-
-def _plain(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """An ordinary linear layer of these weights."""
-    layer = nn.Linear(weight.size(1), weight.size(0), bias=bias is not None, dtype=weight.dtype)
-    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return layer
 
 
 def _pair(linear: nn.Linear) -> tuple[Tensor, Tensor]:
