@@ -176,6 +176,19 @@ def test_wrong_configuration_is_one_line_that_names_key_and_file(
     assert calls == []
 
 
+def test_a_configuration_of_another_verb_is_refused(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Defaults in place of what it lacks would be another experiment in its name."""
+    (tmp_path / "own.yaml").write_text("train: {lr: 1e-4}")
+    assert command("generate", "--config", "own.yaml", "--source", "s") == 2
+    assert_matches(
+        "own.yaml: lacks the group 'model', so it is not for this verb", complaint(capsys)
+    )
+    assert command("train", "--config", "own.yaml") == 0
+    assert calls[0]["model"] == Model()
+
+
 def assert_matches(pattern: str, text: str) -> None:
     assert re.search(pattern, text), text
 
@@ -184,7 +197,7 @@ def assert_matches(pattern: str, text: str) -> None:
     ("arguments", "message"),
     [
         (["train", "--config", "huge"], "'huge' is neither .*shipped are large, tiny"),
-        (["train", "--config"], "'' is neither"),
+        (["train", "--config"], "argument --config: expected one argument"),
         (["train", "--model.widht", "3"], "model.widht"),
         (["train", "--train.lr", "fast"], "error: .*train.lr.*float.*fast"),
         (["train", "--model.width", "0"], "error: model.width: must be at least 1"),

@@ -3,6 +3,7 @@
 The only place that calls jsonargparse.
 """
 
+import argparse
 import ast
 import importlib
 import importlib.util
@@ -166,16 +167,10 @@ def _whole(function: Callable[..., object]) -> tuple[Callable[..., object], int]
 
 def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """Take ``--config`` out of the command line; the last one counts."""
-    name, rest = None, list[str]()
-    words = iter(argv)
-    for word in words:
-        if word == "--config":
-            name = next(words, "")
-        elif word.startswith("--config="):
-            name = word.removeprefix("--config=")
-        else:
-            rest.append(word)
-    return name, rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    known, rest = parser.parse_known_args(argv)
+    return known.config, rest
 
 
 def _find(name: str | None, package: str) -> Path | None:
@@ -199,12 +194,16 @@ def _settings(
     """The groups of a configuration file that ``function`` has parameters for."""
     settings = _mapping(path)
     own = inspect.signature(function).parameters
-    for key in settings.keys() - own.keys():
+    foreign = settings.keys() - own.keys()
+    for key in foreign:
         if not any(key in inspect.signature(_load(verb)).parameters for verb in verbs.values()):
             raise ValueError(f"{path}: unknown key {key!r}")
     types = get_type_hints(_whole(function)[0])
-    for key in settings.keys() & own.keys():
-        if is_dataclass(types.get(key)) and not isinstance(settings[key], dict):
+    for key in (name for name in own if is_dataclass(types.get(name))):
+        # What is made for other verbs would leave this one with made data.
+        if foreign and key not in settings and own[key].default is inspect.Parameter.empty:
+            raise ValueError(f"{path}: lacks the group {key!r}, so it is not for this verb")
+        if not isinstance(settings.get(key, {}), dict):
             raise ValueError(f"{path}: {key}: must hold settings, not {settings[key]!r}")
     return {key: value for key, value in settings.items() if key in own}
 
