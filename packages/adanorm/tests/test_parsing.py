@@ -19,6 +19,7 @@ from separata_adanorm.parsing import (
     ParserConfig,
     build_parser,
     evaluate_parser,
+    keep_lexicon,
     load_parser,
     load_treebank,
     parse,
@@ -57,6 +58,25 @@ def test_a_parser_learns_the_made_trees(trained: Path) -> None:
     assert scores["metrics"]["uas"]["value"] > 95 > 100 * to_the_left / words
     assert scores["metrics"]["las"]["value"] <= scores["metrics"]["uas"]["value"]
     assert json.loads((trained / "training.json").read_text())["left out"] == 0
+
+
+def test_a_refused_run_stays_as_it_is(trained: Path) -> None:
+    scores = evaluate_parser(run=trained)
+    files = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"config\.yaml: parser is not what this command asks"):
+        train_parser(parser=replace(CONFIG, min_count=9), train=TRAIN, run=trained)
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == files
+    assert evaluate_parser(run=trained) == scores
+
+
+def test_a_run_keeps_its_lexicon(tmp_path: Path) -> None:
+    sentences = tiny(20).train
+    keep_lexicon(Lexicon.of(sentences, min_count=1), tmp_path)
+    kept = (tmp_path / "lexicon.json").read_bytes()
+    keep_lexicon(Lexicon.of(sentences, min_count=1), tmp_path)
+    with pytest.raises(ValueError, match=r"lexicon\.json: is of another treebank or parser\.min_c"):
+        keep_lexicon(Lexicon.of(sentences, min_count=9), tmp_path)
+    assert (tmp_path / "lexicon.json").read_bytes() == kept
 
 
 def test_uas_of_the_files_written_is_the_one_reported(trained: Path) -> None:

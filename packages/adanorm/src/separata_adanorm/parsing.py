@@ -135,7 +135,8 @@ def train_parser(
         Steps done and the last numbers.
 
     Raises:
-        ValueError: The treebank is missing or damaged, or the loss is not finite.
+        ValueError: The treebank is missing or damaged, the directory holds a run of another, or the
+            loss is not finite.
     """
     trees = load_treebank(parser)
     lexicon = Lexicon.of(trees.train, min_count=parser.min_count)
@@ -146,7 +147,10 @@ def train_parser(
         "transitions": len(derivations.transitions),
     }
     print("training part: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
-    lexicon.save(run / _LEXICON)
+    evaluate = validation(parser, lexicon, trees.valid)
+    directory = Run(run, {"parser": parser, "train": train})
+    directory.begin(write=False)  # a run of other settings stays as it is
+    keep_lexicon(lexicon, run)
     write_json(run / "training.json", counts)
     torch.manual_seed(train.seed)
     return fit(
@@ -156,9 +160,25 @@ def train_parser(
         ),
         classification_step,
         config=train,
-        run=Run(run, {"parser": parser, "train": train}),
-        evaluate=validation(parser, lexicon, trees.valid),
+        run=directory,
+        evaluate=evaluate,
     )
+
+
+def keep_lexicon(lexicon: Lexicon, run: Path) -> None:
+    """Store the lexicon with its run, or check that it is the one of the run.
+
+    Raises:
+        ValueError: The run has another one.
+    """
+    path = run / _LEXICON
+    if not path.exists():
+        lexicon.save(path)
+    elif vars(Lexicon.load(path)) != vars(lexicon):
+        raise ValueError(
+            f"{path}: is of another treebank or parser.min_count; choose another run directory or "
+            "delete this one"
+        )
 
 
 def build_parser(config: ParserConfig, lexicon: Lexicon) -> TransitionClassifier:
