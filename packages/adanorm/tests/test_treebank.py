@@ -56,6 +56,7 @@ def test_the_other_column_of_tags_can_be_read_and_may_have_gaps() -> None:
     [
         ("\t1\tobj", "\t9\tobj", "sentence 1: word 2 has the head 9"),
         ("\t1\tobj", "\t2\tobj", "sentence 1: word 2 has the head 2"),
+        ("4\tcase", "_\tcase", "text: sentence 1: word 3 has no head"),
         (CONLLU, "\n", "holds no sentence"),
         ("1\tvamos\t", "x\tvamos\t", "text: not CoNLL-U"),
     ],

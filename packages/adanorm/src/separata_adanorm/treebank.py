@@ -57,13 +57,16 @@ def read_conllu(text: str, *, tags: Literal["upos", "xpos"], source: object) -> 
     sentences = []
     for number, tokens in enumerate(parse_conllu(text, source=source), start=1):
         words = [token for token in tokens if isinstance(token["id"], int)]
-        heads = [token.get("head") for token in words]
+        heads = tuple(token.get("head") for token in words)
         if not words:
             continue
+        if None in heads:
+            word = heads.index(None) + 1
+            raise ValueError(f"{source}: sentence {number}: word {word} has no head")
         sentence = Sentence(
             words=tuple(str(token["form"]) for token in words),
             tags=tuple(str(token.get(tags) or _UNLABELLED) for token in words),
-            heads=() if None in heads else tuple(heads),
+            heads=heads,
             labels=tuple(str(token.get("deprel") or _UNLABELLED) for token in words),
         )
         check_heads(sentence, f"{source}: sentence {number}")
