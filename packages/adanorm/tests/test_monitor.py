@@ -64,6 +64,15 @@ def test_limits_follow_k() -> None:
     )  # limits 0.25 and 0.5; y is 0.46, -0.56
 
 
+def test_without_a_slope_there_is_neither_peak_nor_flip() -> None:
+    model = nn.Sequential(nn.LayerNorm(512), AdaNorm(512, k=0.0))
+    with monitor_outliers(model, k=0.0) as monitor:
+        model(spiked(1, 512, spike=40.0))
+    for record in monitor.report():
+        assert record.largest > 10
+        assert (record.above_peak, record.above_flip, record.flipped) == (0.0, 0.0, 0.0)
+
+
 def test_models_that_are_not_converted_yet_are_watched() -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.LayerNorm(512), LayerNormSimple(512), NoNorm())
     nn.init.constant_(model[1].weight, 7.0)  # type: ignore[arg-type]
