@@ -83,6 +83,26 @@ def test_bare_commands_work_on_made_data(command: Callable[..., Any]) -> None:
     assert list(table) == ["images", "sentences", "parser"]
 
 
+@pytest.mark.parametrize(
+    ("verb", "group", "width"),
+    [
+        ("train", "model", "width"),
+        ("train-lm", "language_model", "width"),
+        ("train-images", "images", "hidden_width"),
+        ("train-sentences", "sentences", "width"),
+        ("train-parser", "parser", "hidden_width"),
+    ],
+)
+def test_what_cannot_be_normalised_is_named(
+    command: Callable[..., Any], verb: str, group: str, width: str
+) -> None:
+    for C in ("-1", "0", ".nan"):
+        command(verb, f"--{group}.C", C).refused(f"{group}.C: must be a positive number, got")
+    heads = () if width == "hidden_width" else (f"--{group}.num_heads", 1)
+    command(verb, f"--{group}.{width}", 1, *heads).refused(f"{group}.{width}: must be at least 2")
+    assert not list(Path().iterdir())
+
+
 def test_wrong_use_is_one_line(command: Callable[..., Any]) -> None:
     command("train-images", "--images.norm", "batch_norm").refused("images.norm")
     command("train-sentences", "--config", "rt").refused("rt-polarity.neg", "no such file")

@@ -17,7 +17,7 @@ from separata_shared.files import read_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .build import NormKind, norm_factory
+from .build import NormKind, check_norm, norm_factory
 from .runs import need_file
 
 SIZE, CLASSES = 28, 10
@@ -68,6 +68,7 @@ class ImageConfig:
                 raise ValueError(f"images.{name}: must be at least 1, got {getattr(self, name)}")
         if min(self.channels) < 1:
             raise ValueError(f"images.channels: must be at least 1, got {self.channels}")
+        check_norm("images", C=self.C, name="hidden_width", width=self.hidden_width)
 
 
 class Images(NamedTuple):

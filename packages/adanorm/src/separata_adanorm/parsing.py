@@ -18,7 +18,7 @@ from separata_shared.training import Run, TrainConfig, TrainResult, fit
 from torch import nn
 
 from . import treebank
-from .build import NormKind, norm_factory
+from .build import NormKind, check_norm, norm_factory
 from .classify import accuracy, batches_in_order, classification_step, shuffled_batches
 from .parser import (
     TransitionClassifier,
@@ -84,6 +84,7 @@ class ParserConfig:
                 raise ValueError(f"parser.{name}: must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"parser.dropout: must be in [0, 1), got {self.dropout}")
+        check_norm("parser", C=self.C, name="hidden_width", width=self.hidden_width)
 
 
 def load_treebank(config: ParserConfig) -> Treebank:
