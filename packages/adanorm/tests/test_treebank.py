@@ -75,6 +75,9 @@ def test_columns_of_word_tag_and_head(tmp_path: Path) -> None:
     path.write_text("Mr.\tNNP\nVinken\tNNP\t3\n")
     with pytest.raises(ValueError, match=r"sample\.dp: line 1 is not word, tag and head"):
         read_dp(path)
+    path.write_text("Mr.\tNNP\t²\n")
+    with pytest.raises(ValueError, match=r"sample\.dp: line 1 is not word, tag and head"):
+        read_dp(path)
     path.write_text("Mr.\tNNP\t4\nVinken\tNNP\t0\n")
     with pytest.raises(
         ValueError, match=r"sample\.dp: sentence before line 3: word 1 has the head"
