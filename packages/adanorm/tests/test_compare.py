@@ -11,6 +11,7 @@ import pytest
 from separata_adanorm import compare as module
 from separata_adanorm.compare import compare
 from separata_adanorm.images import ImageConfig
+from separata_shared.cli import to_yaml
 from separata_shared.training import TrainConfig
 
 IMAGES = ImageConfig(channels=(2, 2), hidden_width=8, tiny_images=100)
@@ -59,6 +60,18 @@ def test_a_run_that_is_done_is_not_made_again(
     # Other settings are another experiment.
     compare(train=replace(TRAIN, steps=3), seeds=[1], **settings)
     assert made[2:] == [("ada_norm", 1)]
+
+
+@pytest.mark.parametrize("content", ["{}", "3", '{"metric": 1, "seed": 1, "value": "x"}'])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
+    settings: dict[str, Any] = {"images": IMAGES, "norms": ["ada_norm"], "seeds": [1]}
+    run = tmp_path / "images-ada_norm-seed1"
+    run.mkdir()
+    (run / "record.json").write_text(content)
+    groups = {"images": replace(IMAGES, norm="ada_norm"), "train": replace(TRAIN, seed=1)}
+    (run / "config.yaml").write_text(to_yaml(groups))
+    with pytest.raises(ValueError, match=r"record\.json: not a record of this command; delete it"):
+        compare(train=TRAIN, run=tmp_path, **settings)
 
 
 def test_nothing_to_compare_is_an_error() -> None:

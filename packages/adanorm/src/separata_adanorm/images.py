@@ -141,6 +141,8 @@ def _read(directory: Path, part: int) -> Images:
     pixels, labels = (read_idx(path) for path in paths)
     if pixels.shape[1:] != (SIZE, SIZE) or labels.shape != pixels.shape[:1]:
         raise ValueError(f"{paths[0]}: {pixels.shape} and {labels.shape} are not images and labels")
+    if not labels.size:
+        raise ValueError(f"{paths[0]}: holds no images")
     return _images(pixels, labels, source=paths[1])
 
 

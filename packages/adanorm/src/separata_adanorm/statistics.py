@@ -133,13 +133,17 @@ def gradient_statistics(model: nn.Module, loss: Callable[[], Tensor]) -> list[Gr
         Five records for each norm that the loss depends on, one per case.
 
     Raises:
-        ValueError: The model has no layer norms, or the loss does not depend on any.
+        ValueError: The model has no layer norms, the loss does not depend on any, or it is not a
+            single number.
     """
     norms = layer_norms(model)
     if not norms:
         raise ValueError(f"{type(model).__name__} has no layer norms")
     with torch.enable_grad(), _recorded(model, norms) as calls:
         total = loss()
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            given = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
+            raise ValueError(f"the loss must be a tensor of one number, not {given}")
         if not total.requires_grad:
             raise ValueError("the loss has no gradient; was it computed under torch.no_grad()?")
         found = [call for call in calls if call.output is not None]
