@@ -282,6 +282,9 @@ class LayerNormSimple(nn.Module):
         eps: Keeps the division finite.
         convention: ``"official"`` (authors' code) or ``"torch"`` (``nn.LayerNorm``).
         impl: Implementation.
+
+    Raises:
+        ValueError: A size or a constant is none that the norm can have.
     """
 
     def __init__(
@@ -318,6 +321,9 @@ class DetachNorm(nn.Module):
         eps: Keeps the division finite.
         convention: ``"official"`` (authors' code) or ``"torch"`` (``nn.LayerNorm``).
         impl: Implementation.
+
+    Raises:
+        ValueError: A size or a constant is none that the norm can have.
     """
 
     def __init__(
@@ -360,6 +366,9 @@ class AdaNorm(nn.Module):
         eps: Keeps the division finite.
         convention: ``"official"`` (authors' code) or ``"torch"`` (``nn.LayerNorm``).
         impl: Implementation.
+
+    Raises:
+        ValueError: A size or a constant is none that the norm can have.
     """
 
     def __init__(
@@ -399,6 +408,9 @@ class GradNorm(nn.Module):
         eps: Keeps the division finite.
         convention: ``"official"`` (authors' code) or ``"torch"`` (``nn.LayerNorm``).
         impl: Implementation.
+
+    Raises:
+        ValueError: A size or a constant is none that the norm can have.
     """
 
     def __init__(
@@ -455,6 +467,9 @@ class ClippedLayerNorm(nn.Module):
         normalized_shape: The last dimensions, over which to normalise.
         fraction: Share of the entries to clip on each side; at least one entry is clipped.
         eps: Added to the variance.
+
+    Raises:
+        ValueError: A size, the fraction or eps is none that the norm can have.
     """
 
     def __init__(
