@@ -11,6 +11,7 @@ import pytest
 from separata_adanorm import compare as module
 from separata_adanorm.compare import compare
 from separata_adanorm.images import ImageConfig
+from separata_shared.cli import to_yaml
 from separata_shared.training import TrainConfig
 
 IMAGES = ImageConfig(channels=(2, 2), hidden_width=8, tiny_images=100)
@@ -61,6 +62,18 @@ def test_a_run_that_is_done_is_not_made_again(
     assert made[2:] == [("ada_norm", 1)]
 
 
+@pytest.mark.parametrize("content", ["{}", "3", '{"metric": 1, "seed": 1, "value": "x"}'])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
+    settings: dict[str, Any] = {"images": IMAGES, "norms": ["ada_norm"], "seeds": [1]}
+    run = tmp_path / "images-ada_norm-seed1"
+    run.mkdir()
+    (run / "record.json").write_text(content)
+    groups = {"images": replace(IMAGES, norm="ada_norm"), "train": replace(TRAIN, seed=1)}
+    (run / "config.yaml").write_text(to_yaml(groups))
+    with pytest.raises(ValueError, match=r"record\.json: not a record of this command; delete it"):
+        compare(train=TRAIN, run=tmp_path, **settings)
+
+
 def test_nothing_to_compare_is_an_error() -> None:
     with pytest.raises(ValueError, match="none of images, sentences and parser"):
         compare(train=TRAIN)
@@ -81,6 +94,26 @@ def test_bare_commands_work_on_made_data(command: Callable[..., Any]) -> None:
     assert compared.status == 0
     table = json.loads(Path("runs/tiny-compare/scores.json").read_text())
     assert list(table) == ["images", "sentences", "parser"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "group", "width"),
+    [
+        ("train", "model", "width"),
+        ("train-lm", "language_model", "width"),
+        ("train-images", "images", "hidden_width"),
+        ("train-sentences", "sentences", "width"),
+        ("train-parser", "parser", "hidden_width"),
+    ],
+)
+def test_what_cannot_be_normalised_is_named(
+    command: Callable[..., Any], verb: str, group: str, width: str
+) -> None:
+    for C in ("-1", "0", ".nan"):
+        command(verb, f"--{group}.C", C).refused(f"{group}.C: must be a positive number, got")
+    heads = () if width == "hidden_width" else (f"--{group}.num_heads", 1)
+    command(verb, f"--{group}.{width}", 1, *heads).refused(f"{group}.{width}: must be at least 2")
+    assert not list(Path().iterdir())
 
 
 def test_wrong_use_is_one_line(command: Callable[..., Any]) -> None:

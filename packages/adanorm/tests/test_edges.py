@@ -69,32 +69,52 @@ def test_constant_rows(name: str, convention: str, value: float, impl: str) -> N
     assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-6 / s)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=120)
 @given(
     name=st.sampled_from(sorted(NORMS)),
     width=st.sampled_from([2, 3, 7, 31, 64, 129, 1000]),
-    scale=st.sampled_from([1e-30, 1e-12, 1e-3, 1.0, 1e4, 1e19, 1e36]),
+    # The largest of so many numbers is some five times as large: about 3e38 is all that there is.
+    scale=st.sampled_from([1e-30, 1e-25, 1e-20, 1e-12, 1e-3, 1.0, 1e4, 1e19, 1e36, 1e37, 5e37]),
+    eps=st.sampled_from([EPS, 0.0]),
     convention=st.sampled_from(["official", "torch"]),
-    impl=st.sampled_from(["native", "eager"]),
+    impl=st.sampled_from(["native", "eager", "reference"]),
     seed=st.integers(0, 2**16),
 )
 def test_any_scale(
-    name: str, width: int, scale: float, convention: str, impl: str, seed: int
+    name: str, width: int, scale: float, eps: float, convention: str, impl: str, seed: int
 ) -> None:
     if impl == "native" and not native.available():
         pytest.skip("no compiler")
     random = torch.Generator().manual_seed(seed)
     x, g = (torch.randn(4, width, generator=random) for _ in range(2))
     x = scale * x
-    found = both(NORMS[name], x, g, convention=convention, impl=impl)
-    exact = both(NORMS[name], x.double(), g.double(), convention=convention, impl="reference")
+    options = {"eps": eps, "convention": convention}
+    found = both(NORMS[name], x, g, impl=impl, **options)
+    exact = both(NORMS[name], x.double(), g.double(), impl="reference", **options)
     official = convention == "official"
     sigma = x.double().std(dim=1, correction=int(official), keepdim=True)
-    s = sigma + EPS if official else (sigma.square() + EPS).sqrt()
+    s = sigma + eps if official else (sigma.square() + eps).sqrt()
+    largest = 10 + scale if name == "grad_norm" else 10
     # What is left of a gradient can be small beside what it is the rest of.
-    for value, expected, unit in zip(found, exact, (scale + 10, g / s), strict=True):
+    for value, expected, unit in zip(found, exact, (largest, g / s), strict=True):
         size = torch.as_tensor(unit).abs().max().double()
         assert (value.double() - expected).abs().max() <= 2e-5 * size
+
+
+@pytest.mark.parametrize("value", [1e-30, 1.0, 3e38])
+@pytest.mark.parametrize("name", NORMS)
+def test_rows_of_one_size_and_both_signs(name: str, value: float, impl: str) -> None:
+    x = torch.tensor([[value, -value] * 20])
+    g = torch.randn(1, 40)
+    output, gradient = both(NORMS[name], x, g, eps=0.0, convention="torch", impl=impl)
+    y = x.sign()
+    h = g * (0.7 - 0.07 * y) if name == "ada_norm" else g
+    expected = {"ada_norm": (0.7 - 0.07 * y) * y, "grad_norm": x + y}.get(name, y)
+    assert torch.allclose(output, expected, rtol=1e-6)
+    dx = h - h.mean() if name not in ("detach_norm", "detach_mean") else h
+    if name not in ("detach_norm", "detach_std"):
+        dx = dx - y * (h * y).mean()
+    assert torch.allclose(gradient * value, dx, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NORMS)

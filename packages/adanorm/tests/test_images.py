@@ -85,6 +85,10 @@ def test_bad_files_are_named(mnist: Path) -> None:
     labels.write_bytes(content)
     with pytest.raises(ValueError, match=r"images\.valid_images: 50 leave none"):
         load_images(replace(config, valid_images=50))
+    for name, shape in (("images-idx3", (0, 28, 28)), ("labels-idx1", (0,))):
+        (mnist / f"t10k-{name}-ubyte").write_bytes(idx(np.zeros(shape, dtype=np.uint8)))
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte: holds no images"):
+        load_images(config)
 
 
 def test_bad_settings_are_named() -> None:

@@ -64,6 +64,23 @@ def test_limits_follow_k() -> None:
     )  # limits 0.25 and 0.5; y is 0.46, -0.56
 
 
+def test_without_a_slope_there_is_neither_peak_nor_flip() -> None:
+    model = nn.Sequential(nn.LayerNorm(512), AdaNorm(512, k=0.0))
+    with monitor_outliers(model, k=0.0) as monitor:
+        model(spiked(1, 512, spike=40.0))
+    for record in monitor.report():
+        assert record.largest > 10
+        assert (record.above_peak, record.above_flip, record.flipped) == (0.0, 0.0, 0.0)
+
+
+def test_an_eps_that_is_a_whole_number_counts() -> None:
+    model = nn.Sequential(nn.LayerNorm(512, eps=0), AdaNorm(512, eps=0))
+    with monitor_outliers(model) as monitor:
+        model[0](1e-9 * spiked(1, 512, spike=40.0))
+        model[1](1e-9 * spiked(1, 512, spike=40.0))
+    assert [record.above_flip for record in monitor.report()] == [1 / 512] * 2
+
+
 def test_models_that_are_not_converted_yet_are_watched() -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.LayerNorm(512), LayerNormSimple(512), NoNorm())
     nn.init.constant_(model[1].weight, 7.0)  # type: ignore[arg-type]

@@ -358,6 +358,24 @@ class TestModules:
         with pytest.raises(ValueError, match="impl must be one of"):
             ada_norm(torch.randn(2, 8), impl="fast")  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("module", [AdaNorm, LayerNormSimple, DetachNorm, GradNorm])
+    def test_wrong_constants_are_refused_when_it_is_made(self, module: Any) -> None:
+        for eps in (-1.0, math.nan):
+            with pytest.raises(ValueError, match=f"eps must .* is {eps}"):
+                module(4, eps=eps)
+        with pytest.raises(ValueError, match=r"impl must be one of auto, .*, not 'foo'"):
+            module(4, impl="foo")
+
+    def test_wrong_constants_of_one_kind_are_refused_when_it_is_made(self) -> None:
+        for name in ("C", "k"):
+            for value in (math.nan, -math.inf):
+                with pytest.raises(ValueError, match=f"{name} must be a finite number.*{value}"):
+                    AdaNorm(4, **{name: value})
+        with pytest.raises(ValueError, match=r"fraction must lie .* not 0\.9"):
+            ClippedLayerNorm(4, fraction=0.9)
+        with pytest.raises(ValueError, match=r"eps must .* is -1\.0"):
+            ClippedLayerNorm(4, eps=-1.0)
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["ada_norm", "layer_norm_simple", "detach_norm"])

@@ -1,6 +1,8 @@
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,16 +21,18 @@ from separata_adanorm.parsing import (
     ParserConfig,
     build_parser,
     evaluate_parser,
+    keep_lexicon,
     load_parser,
     load_treebank,
     parse,
     parse_text,
     scored_tags,
+    to_conllu,
     train_parser,
 )
 from separata_adanorm.transitions import States
 from separata_adanorm.treebank import Lexicon, Sentence, tiny
-from separata_shared.training import TrainConfig
+from separata_shared.training import Run, TrainConfig
 
 CONFIG = ParserConfig(
     tiny_sentences=300, min_count=1, batch_size=256, embedding_width=12, hidden_width=48
@@ -57,6 +61,25 @@ def test_a_parser_learns_the_made_trees(trained: Path) -> None:
     assert scores["metrics"]["uas"]["value"] > 95 > 100 * to_the_left / words
     assert scores["metrics"]["las"]["value"] <= scores["metrics"]["uas"]["value"]
     assert json.loads((trained / "training.json").read_text())["left out"] == 0
+
+
+def test_a_refused_run_stays_as_it_is(trained: Path) -> None:
+    scores = evaluate_parser(run=trained)
+    files = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"config\.yaml: parser is not what this command asks"):
+        train_parser(parser=replace(CONFIG, min_count=9), train=TRAIN, run=trained)
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == files
+    assert evaluate_parser(run=trained) == scores
+
+
+def test_a_run_keeps_its_lexicon(tmp_path: Path) -> None:
+    sentences = tiny(20).train
+    keep_lexicon(Lexicon.of(sentences, min_count=1), tmp_path)
+    kept = (tmp_path / "lexicon.json").read_bytes()
+    keep_lexicon(Lexicon.of(sentences, min_count=1), tmp_path)
+    with pytest.raises(ValueError, match=r"lexicon\.json: is of another treebank or parser\.min_c"):
+        keep_lexicon(Lexicon.of(sentences, min_count=9), tmp_path)
+    assert (tmp_path / "lexicon.json").read_bytes() == kept
 
 
 def test_uas_of_the_files_written_is_the_one_reported(trained: Path) -> None:
@@ -110,6 +133,22 @@ def test_conllu_keeps_everything_but_heads_and_labels(trained: Path, tmp_path: P
     assert rows[4] == "3\tverb2\t_\tVERB\t_\t_\t0\troot\t_\tSpaceAfter=No"
 
 
+def test_blocks_without_words_and_columns_that_are_missing(trained: Path) -> None:
+    pytest.importorskip("conllu", reason="CoNLL-U needs the extra treebank")
+    given = "# text = none\n\n1-2\tab\t_\n\n1\tdet0\ta\n2\tnoun1\tb\n3\tverb2\tc\n\n"
+    found = parse_text(load_parser(trained), given, source="")
+    assert found == (
+        "1\tdet0\ta\tDET\t_\t_\t2\tdet\t_\t_\n"
+        "2\tnoun1\tb\tNOUN\t_\t_\t3\tnsubj\t_\t_\n"
+        "3\tverb2\tc\tVERB\t_\t_\t0\troot\t_\t_\n\n"
+    )
+
+
+def test_standard_input_must_be_utf_8(trained: Path, command: Callable[..., Any]) -> None:
+    refused = command("parse", "--run", trained, stdin=b"det0 noun1\nd\xe9t0\n")
+    refused.refused("standard input: line 2 is not valid UTF-8")
+
+
 def test_sentences_with_crossing_arcs_are_left_out_and_counted() -> None:
     sentences = [*tiny(20).train, CROSSED]
     lexicon = Lexicon.of(sentences, min_count=1)
@@ -117,8 +156,22 @@ def test_sentences_with_crossing_arcs_are_left_out_and_counted() -> None:
     assert (derivations.sentences, derivations.left_out) == (20, 1)
     assert len(derivations.transitions) == 2 * sum(map(len, sentences[:-1]))
     assert derivations.features.shape == (len(derivations.transitions), NUM_FEATURES)
-    with pytest.raises(ValueError, match="nothing to train on"):
-        derive(lexicon.encode([CROSSED]), lexicon)
+
+
+def test_a_validation_part_without_derivations_has_a_score_and_no_loss(tmp_path: Path) -> None:
+    pytest.importorskip("conllu", reason="CoNLL-U needs the extra treebank")
+    straight, crossed = (to_conllu(tree, tags="upos") for tree in (tiny(20).train[0], CROSSED))
+    config = replace(CONFIG, dataset="conllu", raw=str(tmp_path))
+    for part, text in (("train", straight), ("dev", crossed), ("test", crossed)):
+        (tmp_path / f"{part}.conllu").write_text(text)
+    train = replace(TRAIN, steps=1, evaluate_every=1)
+    train_parser(parser=config, train=train, run=tmp_path / "run")
+    (judged,) = [r for r in Run(tmp_path / "run").records() if r["kind"] == "evaluate"]
+    assert judged.keys() & {"loss", "accuracy", "uas", "las"} == {"uas", "las"}
+    (tmp_path / "train.conllu").write_text(crossed)
+    with pytest.raises(ValueError, match=r"no sentence of the training part has a projective"):
+        train_parser(parser=config, train=train, run=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_features_are_words_tags_and_labels_of_one_table() -> None:
@@ -154,6 +207,8 @@ def test_attachment_counts_scored_words_only() -> None:
     assert (without.words, without.uas, without.las) == (2, 100.0, 50.0)
     with pytest.raises(ValueError, match=r"parser\.unscored_tags: '!' is no tag"):
         scored_tags(replace(CONFIG, unscored_tags=["!"]), lexicon)
+    with pytest.raises(ValueError, match=r"parser\.unscored_tags: holds every tag"):
+        scored_tags(replace(CONFIG, unscored_tags=["X", "Y", "."]), lexicon)
 
 
 def test_the_norm_stands_before_the_activation_and_has_no_parameters() -> None:
@@ -176,6 +231,14 @@ def test_every_tree_of_an_untrained_parser_is_complete() -> None:
     trees = parse_encoded(build_parser(CONFIG, lexicon).eval(), encoded, lexicon)
     assert np.array_equal(trees.heads >= 0, encoded.heads >= 0)
     assert ((trees.heads == 0).sum(axis=1) == 1).all()
+
+
+@pytest.mark.parametrize("sentences", [0, 2])
+def test_a_file_too_small_for_three_parts_is_named(tmp_path: Path, sentences: int) -> None:
+    path = tmp_path / "small.dp"
+    path.write_text("\n" + "Yes\tUH\t0\n\n" * sentences)
+    with pytest.raises(ValueError, match=rf"small\.dp: .* need 3 sentences, not {sentences}"):
+        load_treebank(ParserConfig(dataset="ptb_sample", raw=str(path)))
 
 
 def test_a_treebank_of_files(tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 class TestCurves:
+    @pytest.mark.parametrize("line", ["3", "[1]", "null", '{"kind": "train", "loss": 1.0}'])
+    def test_a_line_that_is_no_record_is_named(self, runs: list[Path], line: str) -> None:
+        with Run(runs[0]).metrics.open("a") as file:
+            file.write(line + "\n")
+        with pytest.raises(ValueError, match=r"metrics\.jsonl: line 7 is not the record of a step"):
+            plot_curves(runs=runs)
+
     def test_training_and_validation_of_every_run(
         self, runs: list[Path], tmp_path: Path, drawn: list[Any]
     ) -> None:

@@ -23,6 +23,19 @@ def make():
 
 def nothing():
     return 3
+
+
+def uncalled():
+    return make()[0], 3
+
+
+def number():
+    return make()[0], lambda: 3.0
+
+
+def several():
+    model, _ = make()
+    return model, lambda: model(torch.ones(2, 3))
 """
 
 
@@ -92,6 +105,11 @@ def test_a_function_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (["--function", "no_such_module:make"], "no_such_module cannot be imported"),
         (["--function", "mine.py:other"], "mine.py has no function 'other'"),
         (["--function", "mine.py:nothing"], "mine.py:nothing must give a model and a function"),
+        (["--function", "mine.py:uncalled"], "mine.py:uncalled must give a model and a function"),
+        (["--function", "mine.py:number"], "the loss must be a tensor of one number, not float"),
+        (["--function", "mine.py:several"], "the loss must be a tensor of one number, not (2, 8)"),
+        (["--function", "json:dumps"], "json:dumps must take no arguments (missing a required"),
+        (["--function", "broken.py:make"], "broken.py cannot be imported ("),
         (["--function", "mine.py:make", "--run", "r"], "run and function: give one of the two"),
         (["--run", "nowhere"], "nowhere: not a run directory; train one first"),
         (
@@ -109,6 +127,7 @@ def test_wrong_use_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "broken.py").write_text("def make() return\n")
     (tmp_path / "config.yaml").write_text("train: {}\n")
     assert run("gradient-stats", *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()

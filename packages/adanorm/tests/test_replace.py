@@ -489,3 +489,11 @@ class TestCheckpoints:
             assert torch.equal(other(x), model(x))
             with pytest.raises(ValueError, match="gain and bias"):
                 other.load_state_dict(VisionTransformer().state_dict())
+
+
+def test_misspelled_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="scope must be one of all, final_only, not 'final'"):
+        replace_norms(torch_encoder(), "ada_norm", scope="final")  # type: ignore[arg-type]
+    for call in (replace_norms, load_layer_norm_checkpoint):
+        with pytest.raises(ValueError, match="gains must be one of fold, drop, not 'lose'"):
+            call(torch_encoder(), {}, gains="lose")  # type: ignore[arg-type]

@@ -135,21 +135,30 @@ class TestRecording:
         records = gradient_statistics(model, lambda: model(x)[:, :2].sum())
         assert {record.rows for record in records} == {8}
 
-    def test_norms_of_a_shape_and_arguments_by_name(self) -> None:
+    @pytest.mark.parametrize("kind", [nn.LayerNorm, AdaNorm])
+    def test_norms_of_a_shape_and_arguments_by_name(self, kind: type[nn.Module]) -> None:
         class Model(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.norm = nn.LayerNorm((3, 4))
+                self.norm = kind((3, 4))
                 self.idle = nn.LayerNorm(4)
 
             def forward(self, x: Tensor) -> Tensor:
-                output: Tensor = self.norm(input=x)
+                output: Tensor = self.norm(**{"x" if kind is AdaNorm else "input": x})
                 return output
 
         model = Model()
         records = gradient_statistics(model, lambda: model(torch.randn(5, 3, 4)).pow(3).sum())
         assert {record.module for record in records} == {"norm"}
         assert {record.rows for record in records} == {5}
+
+    def test_what_is_not_finite_is_a_violation(self) -> None:
+        model, x = network(LayerNormSimple(8), 8)
+        x[0, :2] = torch.nan
+        found = by_case(model, x)
+        assert {case: record.violations for case, record in found.items() if record.violations} == (
+            dict.fromkeys(CASES[1:], 2)
+        )
 
     @pytest.mark.parametrize("norm", [NoNorm(), ClippedLayerNorm(8)])
     def test_other_norms_are_measured_too(self, norm: nn.Module) -> None:

@@ -56,6 +56,7 @@ def test_the_other_column_of_tags_can_be_read_and_may_have_gaps() -> None:
     [
         ("\t1\tobj", "\t9\tobj", "sentence 1: word 2 has the head 9"),
         ("\t1\tobj", "\t2\tobj", "sentence 1: word 2 has the head 2"),
+        ("4\tcase", "_\tcase", "text: sentence 1: word 3 has no head"),
         (CONLLU, "\n", "holds no sentence"),
         ("1\tvamos\t", "x\tvamos\t", "text: not CoNLL-U"),
     ],
@@ -72,6 +73,9 @@ def test_columns_of_word_tag_and_head(tmp_path: Path) -> None:
     assert first == Sentence(("Mr.", "Vinken", "is"), ("NNP", "NNP", "VBZ"), (2, 3, 0), ("_",) * 3)
     assert second.words == ("Yes",)
     path.write_text("Mr.\tNNP\nVinken\tNNP\t3\n")
+    with pytest.raises(ValueError, match=r"sample\.dp: line 1 is not word, tag and head"):
+        read_dp(path)
+    path.write_text("Mr.\tNNP\t²\n")
     with pytest.raises(ValueError, match=r"sample\.dp: line 1 is not word, tag and head"):
         read_dp(path)
     path.write_text("Mr.\tNNP\t4\nVinken\tNNP\t0\n")

@@ -1,5 +1,6 @@
 """From the name of a norm in a configuration to the function that makes it."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
@@ -29,6 +30,24 @@ NormKind = Literal[
     "clipped",
 ]
 """``layer_norm`` is torch's, with gain and bias; ``clipped`` is that of rows without extremes."""
+
+
+def check_norm(group: str, *, C: float, name: str = "width", width: int) -> None:
+    """Check what a configuration says of its norms.
+
+    Args:
+        group: Name of the group of settings.
+        C: Its constant of AdaNorm.
+        name: Name of its width that is normalised.
+        width: That width.
+
+    Raises:
+        ValueError: C is not a positive number, or a single feature would be normalised.
+    """
+    if not math.isfinite(C) or C <= 0:
+        raise ValueError(f"{group}.C: must be a positive number, got {C}")
+    if width < 2:
+        raise ValueError(f"{group}.{name}: must be at least 2 to be normalised, got {width}")
 
 
 def norm_factory(

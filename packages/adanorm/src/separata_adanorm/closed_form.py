@@ -33,8 +33,10 @@ def forward(
     total = x if residual is None else x + residual
     rows = computed(total).reshape(-1, width)
     wide = rows.dtype if rows.device.type == "mps" else torch.float64  # sums may overflow
-    # Differences to the first entry: equal entries then deviate by exactly nothing.
-    mean = rows[:, 0] + (rows - rows[:, :1]).mean(dim=1, dtype=wide).to(rows.dtype)
+    # Differences to the first entry: equal entries then deviate by exactly nothing. Half of them,
+    # for that of the largest numbers overflows.
+    differences = torch.add(rows[:, :1] / -2, rows, alpha=0.5).mean(dim=1, dtype=wide)
+    mean = (rows[:, 0] + 2 * differences).to(rows.dtype)
     deviations = rows - mean[:, None]
     sigma = torch.linalg.vector_norm(deviations, dim=1, dtype=wide) / (width - official) ** 0.5
     sigma = sigma.to(rows.dtype)

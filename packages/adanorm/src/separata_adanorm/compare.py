@@ -108,7 +108,7 @@ def run_once(experiment: Experiment, kind: NormKind, train: TrainConfig, folder:
     record, run = path / "record.json", Run(path)
     groups = {experiment.group: replace(experiment.config, norm=kind), "train": train}
     if record.exists() and read_text(run.config) == to_yaml(groups):
-        return read_json(record)
+        return _checked(read_json(record), record)
     began = time.perf_counter(), time.process_time()
     experiment.train(**groups, run=path)
     ended = time.perf_counter(), time.process_time()
@@ -124,6 +124,15 @@ def run_once(experiment: Experiment, kind: NormKind, train: TrainConfig, folder:
     }
     write_json(record, done)
     return done
+
+
+def _checked(content: Any, path: Path) -> Any:
+    kinds = {"seed": int, "metric": str, "value": float | int, "seconds": float | int}
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(name), kind) for name, kind in kinds.items()
+    ):
+        raise ValueError(f"{path}: not a record of this command; delete it to train again")
+    return content
 
 
 def summary(records: list[Any]) -> dict[str, Any]:

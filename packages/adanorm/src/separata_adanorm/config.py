@@ -3,13 +3,12 @@
 A YAML file holds one group per dataclass (``model``, ``data``, ``train``, ``decode``).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from separata_shared.translation import DataConfig, DecodeConfig, TransformerConfig
 
-from .build import NormKind
+from .build import NormKind, check_norm
 
 __all__ = ["DataConfig", "DecodeConfig", "ModelConfig"]
 
@@ -37,8 +36,7 @@ class ModelConfig(TransformerConfig):
     def __post_init__(self) -> None:
         """Check what the types cannot say."""
         super().__post_init__()
-        if not math.isfinite(self.C) or self.C <= 0:
-            raise ValueError(f"model.C: must be a positive number, got {self.C}")
+        check_norm("model", C=self.C, width=self.width)
         if self.scope == "final_only" and self.normalisation == "post":
             raise ValueError(
                 "model.scope: final_only needs model.normalisation pre; stacks whose layers "

@@ -63,7 +63,7 @@ def affine_of(norm: nn.Module) -> Affine:
 def epsilon_of(norm: nn.Module) -> float:
     """The eps of a norm; torch's default if it does not say."""
     for name in ("eps", "variance_epsilon"):
-        if isinstance(value := getattr(norm, name, None), float):
+        if isinstance(value := getattr(norm, name, None), float | int):
             return value
     return 1e-5
 

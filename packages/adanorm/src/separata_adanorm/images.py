@@ -17,7 +17,7 @@ from separata_shared.files import read_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .build import NormKind, norm_factory
+from .build import NormKind, check_norm, norm_factory
 from .runs import need_file
 
 SIZE, CLASSES = 28, 10
@@ -68,6 +68,7 @@ class ImageConfig:
                 raise ValueError(f"images.{name}: must be at least 1, got {getattr(self, name)}")
         if min(self.channels) < 1:
             raise ValueError(f"images.channels: must be at least 1, got {self.channels}")
+        check_norm("images", C=self.C, name="hidden_width", width=self.hidden_width)
 
 
 class Images(NamedTuple):
@@ -140,6 +141,8 @@ def _read(directory: Path, part: int) -> Images:
     pixels, labels = (read_idx(path) for path in paths)
     if pixels.shape[1:] != (SIZE, SIZE) or labels.shape != pixels.shape[:1]:
         raise ValueError(f"{paths[0]}: {pixels.shape} and {labels.shape} are not images and labels")
+    if not labels.size:
+        raise ValueError(f"{paths[0]}: holds no images")
     return _images(pixels, labels, source=paths[1])
 
 

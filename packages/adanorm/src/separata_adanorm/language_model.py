@@ -1,6 +1,5 @@
 """Training and scoring of the language model of characters: ``train-lm`` and ``evaluate-lm``."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from separata_shared.metrics import bits_per_character
 from separata_shared.training import Run, TrainConfig, TrainResult, distributed, fit
 from separata_shared.translation import load_characters
 
-from .build import NormKind, norm_factory
+from .build import NormKind, check_norm, norm_factory
 from .config import DataConfig
 from .recurrent import RecurrentTransformer, build_recurrent_transformer
 from .runs import load_best, run_config, write_scores
@@ -82,8 +81,7 @@ class LanguageModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"language_model.dropout: must be in [0, 1), got {self.dropout}")
-        if not math.isfinite(self.C) or self.C <= 0:
-            raise ValueError(f"language_model.C: must be a positive number, got {self.C}")
+        check_norm("language_model", C=self.C, width=self.width)
         if self.valid_characters < 0:
             raise ValueError("language_model.valid_characters: must not be negative")
 

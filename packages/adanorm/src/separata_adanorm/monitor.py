@@ -53,7 +53,7 @@ class OutlierMonitor:
         k = getattr(norm, "k", self.k)
         y = normalised(norm, x)
         size = y.abs()
-        limits = (size > 0.5 / k, size > 1 / k, y > 1 / k)
+        limits = (size * abs(k) > 0.5, size * abs(k) > 1, y * k > 1)  # none where k is 0
         counts = torch.stack([limit.sum() for limit in limits])
         largest = size.amax() if size.numel() else size.new_zeros(())
         if name in self._counts:

@@ -48,9 +48,12 @@ struct Level {
 };
 
 constexpr float LARGEST = std::numeric_limits<float>::max();
+// Of a variance, below which squares lose digits; that is seen only beside an eps as small.
+constexpr float SMALLEST = 1e-30f;
+constexpr double SMALL_EPS = 1e-15;
 
-// In double precision, for rows whose sums overflow.
-Statistics large_statistics(const float* row, int64_t width, double denominator) {
+// In double precision, for rows whose sums overflow or whose squares vanish.
+Statistics wide_statistics(const float* row, int64_t width, double denominator) {
   double mean = 0, squares = 0;
   for (int64_t i = 0; i < width; ++i) mean += row[i];
   mean /= width;

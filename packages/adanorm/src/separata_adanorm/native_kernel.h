@@ -118,7 +118,9 @@ INLINE Statistics statistics(const float* row, float differences, const Problem&
   });
   const float error = sum.total();
   const float variance = (squares.total() - error * error / n) / denominator;
-  if (!(variance < LARGEST)) return large_statistics(row, p.width, denominator);
+  if (!(variance < LARGEST) || (variance < SMALLEST && p.eps < SMALL_EPS)) {
+    return wide_statistics(row, p.width, denominator);
+  }
   return {mean + error / n, variance > 0 ? std::sqrt(variance) : 0};
 }
 

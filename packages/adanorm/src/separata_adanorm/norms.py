@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from . import fused
 from . import reference as spelled_out
-from .options import Options, Shape, as_tuple, check_input, check_shape
+from .options import Options, Shape, as_tuple, check_eps, check_input, check_shape
 
 Convention = Literal["official", "torch"]
 """``official``: authors' code, ``torch``: paper and ``nn.LayerNorm``; see Eq. 2."""
@@ -195,10 +195,8 @@ def clipped_layer_norm(
     Returns:
         ``(..., H)``.
     """
-    if not 0.0 <= fraction <= 0.5:
-        raise ValueError(f"fraction must lie between 0 and 0.5, not {fraction}")
-    shape = tuple(x.shape[-1:]) if normalized_shape is None else as_tuple(normalized_shape)
-    check_shape(shape, "torch")
+    sizes = x.shape[-1:] if normalized_shape is None else normalized_shape
+    shape = _check_clipped(sizes, eps, fraction)
     check_input(x, shape)
     width = math.prod(shape)
     rows = x.reshape(-1, width)
@@ -246,8 +244,10 @@ def _options(
     detach: tuple[bool, bool],
 ) -> Options:
     check_shape(sizes, convention)
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, but is {eps}")
+    check_eps(eps)
+    for name, value in (("C", C), ("k", k)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, but is {value}")
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, not {impl!r}")
     official = convention == "official"
@@ -258,6 +258,22 @@ def _options(
 _kept_options = functools.lru_cache(_options)
 
 
+def _check(
+    shape: Shape, eps: float, convention: Convention, impl: Impl, C: float = 1.0, k: float = 0.0
+) -> tuple[int, ...]:
+    """The sizes of a module; what its forward would refuse is refused when it is made."""
+    sizes = as_tuple(shape)
+    _options(sizes, C, k, eps, convention, impl, (False, False))
+    return sizes
+
+
+def _check_clipped(shape: Shape, eps: float, fraction: float) -> tuple[int, ...]:
+    if not 0.0 <= fraction <= 0.5:
+        raise ValueError(f"fraction must lie between 0 and 0.5, not {fraction}")
+    check_eps(eps)
+    return check_shape(shape, "torch")
+
+
 class LayerNormSimple(nn.Module):
     """LayerNorm without gain and bias.
 
@@ -266,6 +282,9 @@ class LayerNormSimple(nn.Module):
         eps: Keeps the division finite.
         convention: ``"official"`` (authors' code) or ``"torch"`` (``nn.LayerNorm``).
         impl: Implementation.
+
+    Raises:
+        ValueError: A size or a constant is none that the norm can have.
     """
 
     def __init__(
@@ -277,7 +296,7 @@ class LayerNormSimple(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        self.normalized_shape = check_shape(normalized_shape, convention)
+        self.normalized_shape = _check(normalized_shape, eps, convention, impl)
         self.eps = eps
         self.convention: Convention = convention
         self.impl: Impl = impl
@@ -302,6 +321,9 @@ class DetachNorm(nn.Module):
         eps: Keeps the division finite.
         convention: ``"official"`` (authors' code) or ``"torch"`` (``nn.LayerNorm``).
         impl: Implementation.
+
+    Raises:
+        ValueError: A size or a constant is none that the norm can have.
     """
 
     def __init__(
@@ -315,7 +337,7 @@ class DetachNorm(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        self.normalized_shape = check_shape(normalized_shape, convention)
+        self.normalized_shape = _check(normalized_shape, eps, convention, impl)
         self.detach_mean = detach_mean
         self.detach_std = detach_std
         self.eps = eps
@@ -344,6 +366,9 @@ class AdaNorm(nn.Module):
         eps: Keeps the division finite.
         convention: ``"official"`` (authors' code) or ``"torch"`` (``nn.LayerNorm``).
         impl: Implementation.
+
+    Raises:
+        ValueError: A size or a constant is none that the norm can have.
     """
 
     def __init__(
@@ -357,7 +382,7 @@ class AdaNorm(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        self.normalized_shape = check_shape(normalized_shape, convention)
+        self.normalized_shape = _check(normalized_shape, eps, convention, impl, C, k)
         self.C = C
         self.k = k
         self.eps = eps
@@ -383,6 +408,9 @@ class GradNorm(nn.Module):
         eps: Keeps the division finite.
         convention: ``"official"`` (authors' code) or ``"torch"`` (``nn.LayerNorm``).
         impl: Implementation.
+
+    Raises:
+        ValueError: A size or a constant is none that the norm can have.
     """
 
     def __init__(
@@ -394,7 +422,7 @@ class GradNorm(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        self.normalized_shape = check_shape(normalized_shape, convention)
+        self.normalized_shape = _check(normalized_shape, eps, convention, impl)
         self.eps = eps
         self.convention: Convention = convention
         self.impl: Impl = impl
@@ -439,13 +467,16 @@ class ClippedLayerNorm(nn.Module):
         normalized_shape: The last dimensions, over which to normalise.
         fraction: Share of the entries to clip on each side; at least one entry is clipped.
         eps: Added to the variance.
+
+    Raises:
+        ValueError: A size, the fraction or eps is none that the norm can have.
     """
 
     def __init__(
         self, normalized_shape: Shape, *, fraction: float = 0.005, eps: float = 1e-5
     ) -> None:
         super().__init__()
-        self.normalized_shape = check_shape(normalized_shape, "torch")
+        self.normalized_shape = _check_clipped(normalized_shape, eps, fraction)
         self.fraction = fraction
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(self.normalized_shape))

@@ -72,6 +72,16 @@ def check_shape(shape: Shape, convention: str) -> tuple[int, ...]:
     return sizes
 
 
+def check_eps(eps: float) -> None:
+    """Check what keeps the division finite.
+
+    Raises:
+        ValueError: It is negative or no number.
+    """
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, but is {eps}")
+
+
 def check_input(x: Tensor, sizes: tuple[int, ...]) -> None:
     """Check ``x`` against the normalised dimensions.
 

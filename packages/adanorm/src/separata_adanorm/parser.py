@@ -93,11 +93,7 @@ class Derivations:
 
 
 def derive(encoded: Encoded, lexicon: Lexicon) -> Derivations:
-    """Follow the true trees of all sentences at once.
-
-    Raises:
-        ValueError: No tree can be derived.
-    """
+    """Follow the true trees of all sentences at once; there may be none with a derivation."""
     states = States(encoded.lengths)
     oracle = Oracle(states, encoded.heads, encoded.labels)
     features, transitions, rows = [], [], []
@@ -107,8 +103,6 @@ def derive(encoded: Encoded, lexicon: Lexicon) -> Derivations:
         transitions.append(oracle.transitions())
         states.apply(transitions[-1])
     derivable = int(oracle.derivable.sum())
-    if not derivable:
-        raise ValueError("no sentence has a projective tree with one root: nothing to train on")
     kept = oracle.derivable[np.concatenate(rows)]
     return Derivations(
         features=torch.from_numpy(np.concatenate(features)[kept]),

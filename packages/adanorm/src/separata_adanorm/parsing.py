@@ -15,10 +15,11 @@ import torch
 from separata_shared.files import read_text, write_json, write_text
 from separata_shared.metrics import Score
 from separata_shared.training import Run, TrainConfig, TrainResult, fit
+from separata_shared.translation.search import standard_input
 from torch import nn
 
 from . import treebank
-from .build import NormKind, norm_factory
+from .build import NormKind, check_norm, norm_factory
 from .classify import accuracy, batches_in_order, classification_step, shuffled_batches
 from .parser import (
     TransitionClassifier,
@@ -84,6 +85,7 @@ class ParserConfig:
                 raise ValueError(f"parser.{name}: must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"parser.dropout: must be in [0, 1), got {self.dropout}")
+        check_norm("parser", C=self.C, name="hidden_width", width=self.hidden_width)
 
 
 def load_treebank(config: ParserConfig) -> Treebank:
@@ -97,7 +99,10 @@ def load_treebank(config: ParserConfig) -> Treebank:
         case "tiny":
             return treebank.tiny(config.tiny_sentences)
         case "ptb_sample":
-            return treebank.split_in_order(treebank.read_dp(raw))
+            sentences = treebank.read_dp(raw)
+            if len(sentences) < 3:
+                raise ValueError(f"{raw}: three parts need 3 sentences, not {len(sentences)}")
+            return treebank.split_in_order(sentences)
         case "conllu":
             paths = [_part_file(raw, names) for names in _PARTS]
             texts = [(read_text(path), path) for path in paths]
@@ -135,18 +140,26 @@ def train_parser(
         Steps done and the last numbers.
 
     Raises:
-        ValueError: The treebank is missing or damaged, or the loss is not finite.
+        ValueError: The treebank is missing or damaged, the directory holds a run of another, or the
+            loss is not finite.
     """
     trees = load_treebank(parser)
     lexicon = Lexicon.of(trees.train, min_count=parser.min_count)
     derivations = derive(lexicon.encode(trees.train), lexicon)
+    if not derivations.sentences:
+        raise ValueError(
+            f"{parser.raw}: no sentence of the training part has a projective tree with one root"
+        )
     counts = {
         "sentences": derivations.sentences,
         "left out": derivations.left_out,
         "transitions": len(derivations.transitions),
     }
     print("training part: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
-    lexicon.save(run / _LEXICON)
+    evaluate = validation(parser, lexicon, trees.valid)
+    directory = Run(run, {"parser": parser, "train": train})
+    directory.begin(write=False)  # a run of other settings stays as it is
+    keep_lexicon(lexicon, run)
     write_json(run / "training.json", counts)
     torch.manual_seed(train.seed)
     return fit(
@@ -156,9 +169,25 @@ def train_parser(
         ),
         classification_step,
         config=train,
-        run=Run(run, {"parser": parser, "train": train}),
-        evaluate=validation(parser, lexicon, trees.valid),
+        run=directory,
+        evaluate=evaluate,
     )
+
+
+def keep_lexicon(lexicon: Lexicon, run: Path) -> None:
+    """Store the lexicon with its run, or check that it is the one of the run.
+
+    Raises:
+        ValueError: The run has another one.
+    """
+    path = run / _LEXICON
+    if not path.exists():
+        lexicon.save(path)
+    elif vars(Lexicon.load(path)) != vars(lexicon):
+        raise ValueError(
+            f"{path}: is of another treebank or parser.min_count; choose another run directory or "
+            "delete this one"
+        )
 
 
 def build_parser(config: ParserConfig, lexicon: Lexicon) -> TransitionClassifier:
@@ -176,7 +205,10 @@ def build_parser(config: ParserConfig, lexicon: Lexicon) -> TransitionClassifier
 def validation(
     config: ParserConfig, lexicon: Lexicon, sentences: Sequence[Sentence]
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """What judges a parser: attachment scores of parsing, and the loss along true derivations."""
+    """What judges a parser: attachment scores of parsing, and the loss along true derivations.
+
+    Without a sentence that has a derivation there is no loss.
+    """
     encoded = lexicon.encode(sentences)
     known = derive(encoded, lexicon)
     batches = batches_in_order((known.features, known.transitions), 4096)
@@ -184,7 +216,8 @@ def validation(
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         found = attachment(parse_encoded(model, encoded, lexicon), encoded, scored)
-        return {**accuracy(model, batches), "uas": found.uas, "las": found.las}
+        judged = accuracy(model, batches) if known.sentences else {}
+        return {**judged, "uas": found.uas, "las": found.las}
 
     return evaluate
 
@@ -193,11 +226,13 @@ def scored_tags(config: ParserConfig, lexicon: Lexicon) -> Ints:
     """Numbers of the tags whose words are scored.
 
     Raises:
-        ValueError: A tag that shall be left out does not exist.
+        ValueError: A tag that shall be left out does not exist, or none would be left.
     """
     for tag in config.unscored_tags:
         if tag not in lexicon.tags:
             raise ValueError(f"parser.unscored_tags: {tag!r} is no tag of the training part")
+    if set(lexicon.tags) == {*treebank.SPECIALS, *config.unscored_tags}:
+        raise ValueError("parser.unscored_tags: holds every tag, so no word would be scored")
     kept = [place for place, tag in enumerate(lexicon.tags) if tag not in config.unscored_tags]
     return np.array(kept, dtype=np.int32) + lexicon.first_tag
 
@@ -269,8 +304,9 @@ def parse(
 ) -> None:
     """Parse sentences and write them as CoNLL-U.
 
-    Lines with tabs are CoNLL-U, whose heads and labels are replaced. Otherwise each line is a
-    sentence of words separated by spaces. A word without a tag gets the one it has most often.
+    Lines with tabs are CoNLL-U, whose heads and labels are replaced; blocks without a word are left
+    out. Otherwise each line is a sentence of words separated by spaces. A word without a tag gets
+    the one it has most often.
 
     Args:
         run: Run directory of ``train-parser``.
@@ -283,7 +319,7 @@ def parse(
     """
     trained = load_parser(run, weights=weights)
     source = "standard input" if input is None else input
-    text = sys.stdin.buffer.read().decode("utf-8") if input is None else read_text(input)
+    text = "\n".join([*standard_input(), ""]) if input is None else read_text(input)
     parsed = parse_text(trained, text, source=source)
     if output is None:
         sys.stdout.write(parsed)
@@ -298,6 +334,9 @@ def parse_text(trained: TrainedParser, text: str, *, source: object) -> str:
         trained: The parser.
         text: The text.
         source: What error messages call the text.
+
+    Raises:
+        ValueError: The text has tabs and is not CoNLL-U.
     """
     column, lexicon = trained.config.tags, trained.lexicon
     if "\t" not in text:
@@ -305,8 +344,9 @@ def parse_text(trained: TrainedParser, text: str, *, source: object) -> str:
         sentences = [Sentence(words, tuple(map(lexicon.usual_tag, words))) for words in lines]
         found = parse_sentences(trained.network, sentences, lexicon)
         return "".join(to_conllu(sentence, tags=column) for sentence in found)
-    trees = list(treebank.parse_conllu(text, source=source))
-    nodes = [[token for token in tree if isinstance(token["id"], int)] for tree in trees]
+    blocks = treebank.parse_conllu(text, source=source)
+    trees = [tree for tree in blocks if treebank.words_of(tree)]
+    nodes = [treebank.words_of(tree) for tree in trees]
     for token in (token for tokens in nodes for token in tokens):
         if token[column] in (None, "_"):
             token[column] = lexicon.usual_tag(token["form"])

@@ -153,8 +153,10 @@ def _curves(run: Path, metric: str) -> dict[str, tuple[list[float], list[float]]
     """Steps and values by the kind of the record."""
     records = Run(run).records()
     found: dict[str, tuple[list[float], list[float]]] = {}
-    for record in records:
-        if record.get("kind") in _PARTS and isinstance(record.get(metric), float | int):
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{Run(run).metrics}: line {number} is not the record of a step")
+        if record.get("kind") in list(_PARTS) and isinstance(record.get(metric), float | int):
             steps, values = found.setdefault(record["kind"], ([], []))
             steps.append(record["step"])
             values.append(record[metric])

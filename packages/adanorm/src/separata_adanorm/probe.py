@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -86,18 +87,24 @@ def probe_function(name: str) -> Probe:
     made = getattr(_module(place), function, None)
     if not callable(made):
         raise ValueError(f"function: {place} has no function {function!r}")
-    given = made()
-    if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], nn.Module):
-        raise ValueError(f"function: {name} must give a model and a function that gives a loss")
-    return Probe(*given)
+    try:
+        inspect.signature(made).bind()
+    except TypeError as error:
+        raise ValueError(f"function: {name} must take no arguments ({error})") from None
+    match made():
+        case (nn.Module() as model, loss) if callable(loss):
+            return Probe(model, loss)
+    raise ValueError(f"function: {name} must give a model and a function that gives a loss")
 
 
 def _module(place: str) -> Any:
-    if not place.endswith(".py"):
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"function: {place} cannot be imported ({error})") from None
+    try:
+        return _file(place) if place.endswith(".py") else importlib.import_module(place)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"function: {place} cannot be imported ({error})") from None
+
+
+def _file(place: str) -> Any:
     if not Path(place).is_file():
         raise ValueError(f"function: {place}: no such file")
     spec = importlib.util.spec_from_file_location(Path(place).stem, place)

@@ -19,8 +19,16 @@ def norm(x: Tensor, options: Options) -> Tensor:
     """
     width, C, k, eps, official, detach_mean, detach_std, _ = options
     rows = computed(x).reshape(-1, width)
-    sigma, mu = torch.std_mean(rows, dim=1, correction=int(official), keepdim=True)  # Eq. 1
-    s = spread(sigma, eps, official)  # Eq. 2
+    # In units of a power of two, which loses no digit, squares neither overflow nor vanish.
+    largest = rows.detach().abs().amax(dim=1, keepdim=True)
+    unit = largest.clamp(min=1e-30).log2().floor().exp2()
+    rows = rows / unit
+    rows = rows - rows[:, :1].detach()  # equal entries deviate by exactly nothing
+    mu = rows.mean(dim=1, keepdim=True)  # Eq. 1
+    variance = (rows - mu).square().sum(dim=1, keepdim=True) / (width - official)
+    # The root has no slope at 0, where the derivative of sigma is taken to be 0.
+    sigma = torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)
+    s = spread(sigma * unit, eps, official) / unit  # Eq. 2
     y = (rows - (mu.detach() if detach_mean else mu)) / (s.detach() if detach_std else s)
     phi = C * (1 - k * y.detach())  # Eq. 5
     return (phi * y).to(x.dtype).view(x.shape)  # Eq. 6

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +104,12 @@ def replace_norms(
         Every norm replaced, and what became of its gain and bias.
 
     Raises:
-        ValueError: Nothing is found, a norm is of another sort, or a trained gain would be lost;
-            the message names the modules, and the model is as it was.
+        ValueError: Nothing is found, a norm is of another sort, a trained gain would be lost, or
+            there is no such scope or use of gains; the message names the modules or the argument,
+            and the model is as it was.
     """
+    _check_choice("scope", scope, Scope)
+    _check_choice("gains", gains, Gains)
     if not list(model.children()):
         raise ValueError(
             f"{type(model).__name__} has no modules inside; replace it where it is used"
@@ -152,6 +155,7 @@ def load_layer_norm_checkpoint(
         ValueError: A trained gain would be lost, or the checkpoint is of another model; the message
             names the keys, and the model is as it was.
     """
+    _check_choice("gains", gains, Gains)
     norms = {
         name: Affine(state.get(f"{name}.weight"), state.get(f"{name}.bias"))
         for name, module in model.named_modules(remove_duplicate=False)
@@ -194,6 +198,11 @@ class _Plan:
     def record(self) -> Replacement:
         old, new = type(self.old).__name__, type(self.new).__name__
         return Replacement(self.name, old, new, shape_of(self.old), self.gain)
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {value!r}")
 
 
 def _several(patterns: str | Sequence[str]) -> Sequence[str]:

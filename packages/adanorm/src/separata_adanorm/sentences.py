@@ -26,7 +26,7 @@ from separata_shared.nn import (
 )
 from torch import Tensor, nn
 
-from .build import NormKind, norm_factory
+from .build import NormKind, check_norm, norm_factory
 from .runs import need_file
 
 _RT_SPLIT = (8608, 964, 1089)
@@ -91,6 +91,7 @@ class SentenceConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"sentences.dropout: must be in [0, 1), got {self.dropout}")
+        check_norm("sentences", C=self.C, width=self.width)
 
 
 class Labelled(NamedTuple):

@@ -30,7 +30,7 @@ from separata_shared.files import write_json, write_text
 from torch import Tensor, nn
 
 from .config import DataConfig, ModelConfig
-from .find import affine_of, epsilon_of, layer_norms, normalised, shape_of
+from .find import affine_of, epsilon_of, layer_norms, shape_of
 from .norms import AdaNorm, detach_norm, layer_norm_simple
 from .plot import figure
 from .probe import probe_function, probe_new, probe_run
@@ -133,13 +133,17 @@ def gradient_statistics(model: nn.Module, loss: Callable[[], Tensor]) -> list[Gr
         Five records for each norm that the loss depends on, one per case.
 
     Raises:
-        ValueError: The model has no layer norms, or the loss does not depend on any.
+        ValueError: The model has no layer norms, the loss does not depend on any, or it is not a
+            single number.
     """
     norms = layer_norms(model)
     if not norms:
         raise ValueError(f"{type(model).__name__} has no layer norms")
     with torch.enable_grad(), _recorded(model, norms) as calls:
         total = loss()
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            given = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
+            raise ValueError(f"the loss must be a tensor of one number, not {given}")
         if not total.requires_grad:
             raise ValueError("the loss has no gradient; was it computed under torch.no_grad()?")
         found = [call for call in calls if call.output is not None]
@@ -219,7 +223,7 @@ def _sums(norm: nn.Module, x: Tensor, arriving: Tensor, leaving: Tensor) -> Tens
 def _slope(norm: nn.Module, x: Tensor) -> Tensor | float:
     """What a gradient is multiplied with between the output of a norm and y."""
     if isinstance(norm, AdaNorm):
-        return norm.C * (1 - norm.k * normalised(norm, x))
+        return norm.C * (1 - norm.k * layer_norm_simple(x, norm.eps, norm.convention))
     gain = affine_of(norm).gain
     return 1.0 if gain is None else gain.detach().double().flatten()
 
@@ -265,11 +269,12 @@ def _violations(
         return torch.zeros_like(mean, dtype=torch.bool)
     slack = _ROUNDING * g.abs().amax(-1) / s
     expected = over[0] if "mean" in case or "both" in case else torch.zeros_like(mean)
-    wrong = (mean - expected).abs() > slack
+    right = (mean - expected).abs() <= slack
     excess = variance - over[1]
     if case in ("detach std", "detach both"):
         excess = excess.abs()
-    return wrong | (excess > slack.square() + _ROUNDING * over[1])
+    right &= excess <= slack.square() + _ROUNDING * over[1]
+    return ~right  # what is not finite is not right
 
 
 def statistics_table(records: list[GradientStatistics]) -> str:

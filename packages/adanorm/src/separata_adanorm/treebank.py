@@ -56,14 +56,17 @@ def read_conllu(text: str, *, tags: Literal["upos", "xpos"], source: object) -> 
     """
     sentences = []
     for number, tokens in enumerate(parse_conllu(text, source=source), start=1):
-        words = [token for token in tokens if isinstance(token["id"], int)]
-        heads = [token.get("head") for token in words]
+        words = words_of(tokens)
+        heads = tuple(token.get("head") for token in words)
         if not words:
             continue
+        if None in heads:
+            word = heads.index(None) + 1
+            raise ValueError(f"{source}: sentence {number}: word {word} has no head")
         sentence = Sentence(
             words=tuple(str(token["form"]) for token in words),
             tags=tuple(str(token.get(tags) or _UNLABELLED) for token in words),
-            heads=() if None in heads else tuple(heads),
+            heads=heads,
             labels=tuple(str(token.get("deprel") or _UNLABELLED) for token in words),
         )
         check_heads(sentence, f"{source}: sentence {number}")
@@ -76,18 +79,30 @@ def read_conllu(text: str, *, tags: Literal["upos", "xpos"], source: object) -> 
 def parse_conllu(text: str, *, source: object) -> Iterator[Any]:
     """The sentences of a CoNLL-U text as the package ``conllu`` gives them.
 
+    Columns that a line lacks at its end are there and None.
+
     Raises:
         ValueError: The package is missing, or the text is not CoNLL-U.
     """
     try:
         import conllu
         from conllu.exceptions import ParseException
+        from conllu.parser import DEFAULT_FIELDS
     except ImportError:
         raise ValueError("CoNLL-U needs: pip install 'separata-adanorm[treebank]'") from None
     try:
-        yield from conllu.parse(text)
+        for tokens in conllu.parse(text):
+            for token in tokens:
+                for column in DEFAULT_FIELDS:
+                    token.setdefault(column, None)
+            yield tokens
     except ParseException as error:
         raise ValueError(f"{source}: not CoNLL-U ({error})") from None
+
+
+def words_of(tokens: Iterable[Any]) -> list[Any]:
+    """The tokens of a sentence of ``parse_conllu`` that are words."""
+    return [token for token in tokens if isinstance(token["id"], int)]
 
 
 def read_dp(path: Path) -> list[Sentence]:
@@ -101,7 +116,7 @@ def read_dp(path: Path) -> list[Sentence]:
     for number, line in enumerate([*read_lines(path), ""], start=1):
         if line.strip():
             columns = line.split("\t")
-            if len(columns) < 3 or not columns[2].strip().isdigit():
+            if len(columns) < 3 or not columns[2].strip().isdecimal():
                 raise ValueError(f"{path}: line {number} is not word, tag and head")
             rows.append(columns)
         elif rows:
