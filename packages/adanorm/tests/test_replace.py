@@ -493,7 +493,7 @@ class TestCheckpoints:
 
 def test_misspelled_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="scope must be one of all, final_only, not 'final'"):
-        replace_norms(torch_encoder(), "ada_norm", scope="final")  # type: ignore[arg-type]
+        replace_norms(torch_encoder(), "ada_norm", scope="final")  # type: ignore[arg-type]  # a typo
     for call in (replace_norms, load_layer_norm_checkpoint):
         with pytest.raises(ValueError, match="gains must be one of fold, drop, not 'lose'"):
-            call(torch_encoder(), {}, gains="lose")  # type: ignore[arg-type]
+            call(torch_encoder(), {}, gains="lose")  # type: ignore[arg-type]  # a typo

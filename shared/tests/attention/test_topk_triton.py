@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from separata_shared.attention._inputs import four_dimensional
 from separata_shared.attention.topk import reference, triton
+from separata_shared.attention.topk.triton_call import Call
 from separata_shared.testing.strategies import AttentionInputs, attention_inputs
 from torch import Tensor
 
@@ -25,7 +26,7 @@ pytest.importorskip("triton", reason="triton, of the extra of the same name, is 
 pytestmark = [pytest.mark.gpu] if GPU else []
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GATHERING = triton._Call.gathering
+GATHERING = Call.gathering
 every_tie_rule = pytest.mark.parametrize("ties", ["keep", "exact"])
 
 
@@ -33,7 +34,7 @@ every_tie_rule = pytest.mark.parametrize("ties", ["keep", "exact"])
 def _large_blocks() -> Iterator[None]:
     """The interpreter takes as long for a small block as for a large one."""
     blocks = GATHERING if GPU else lambda *_: {"BLOCK_R": 32, "C": 16}
-    with patch.object(triton._Call, "gathering", blocks):
+    with patch.object(Call, "gathering", blocks):
         yield
 
 
@@ -119,7 +120,7 @@ def test_larger_shapes(
 def test_blocks_as_they_are_on_a_gpu(results_of: Callable[..., list[Tensor]]) -> None:
     inputs = inputs_of(1, 2, 1, 20, 70, 64, 64, top_k=9)
     wanted = results_of(partial(expected, top_k=9), inputs)
-    with patch.object(triton._Call, "gathering", GATHERING):
+    with patch.object(Call, "gathering", GATHERING):
         found = results_of(partial(attend, top_k=9), inputs)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -301,7 +301,7 @@ class PackedLinear(nn.Module):
 
 def _has_blocks(dtype: torch.dtype) -> bool:
     """Whether oneDNN computes in this type on this machine."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch gives no types
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

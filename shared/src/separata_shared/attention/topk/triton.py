@@ -14,16 +14,14 @@ on the device only, and nothing waits for it.
 
 import importlib.util
 import os
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from separata_shared.attention.topk.triton_call import Call, cdiv, choose_sizes
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Numbers that one program gathers at a time: 16 for each of its 128 threads.
-GATHERED = 2048
 
 
 def supports(
@@ -104,141 +102,6 @@ def attend(
     return output
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Sizes of blocks and lists; those of scores are the same in every kernel of a call."""
-
-    M: int  # query rows of a block of scores
-    N: int  # its keys, and the number of groups
-    depth: int  # largest scores kept of each group
-    capacity: int  # candidates of a row
-    slots: int  # kept keys of a row
-    num_warps: int
-    num_stages: int
-
-
-def _sizes(query: Tensor, value: Tensor, *, most: int, ties: str) -> _Sizes:
-    """Choose the sizes such that registers suffice; estimates, not measured.
-
-    A row is expected to have up to 1.2 k candidates. A list has room for some keys beyond k, which
-    equal scores add.
-    """
-    single, width = query.dtype == torch.float32, max(query.shape[3], value.shape[3])
-    groups = 64 if most <= 128 else 128
-    return _Sizes(
-        M=min(16 if single else 64, _block(query.shape[2])),
-        N=groups,
-        depth=min(_power_of_two(_cdiv(4 * most, groups)), 4),
-        capacity=max(2 * _power_of_two(most), 32),
-        slots=most if ties == "exact" else most // 4 * 4 + 8,
-        num_warps=8 if single or width > 128 else 4,
-        num_stages=3 if width <= 64 else 2,
-    )
-
-
-def _power_of_two(number: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << (number - 1).bit_length()
-
-
-def _block(size: int) -> int:
-    """The size of a block that holds ``size``; products of matrices take at least 16."""
-    return max(_power_of_two(size), 16)
-
-
-def _cdiv(number: int, size: int) -> int:
-    return -(-number // size)
-
-
-class _Call:
-    """What the kernels of a forward or backward have in common.
-
-    Args:
-        query: ``(B, H, T, D)``.
-        key: ``(B, H_kv, S, D)``.
-        value: ``(B, H_kv, S, D_v)``.
-        top_k: Broadcastable to ``(B, H, T)``; None where ``most`` is k of every row.
-        most: Largest k.
-        mask: Boolean, of four dimensions.
-        bias: Of four dimensions.
-        ties: ``"keep"`` or ``"exact"``.
-        seed: Seed of dropout, ``(1,)``, empty without.
-        dropout: Probability of dropping a weight.
-    """
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        top_k: Tensor | None,
-        most: int,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        ties: str,
-        seed: Tensor,
-        dropout: float,
-    ) -> None:
-        self.kernels = kernels = _kernels()
-        self.sizes = _sizes(query, value, most=most, ties=ties)
-        batch, num_heads, target, width = query.shape
-        source = key.shape[2]
-        self.scores = (batch, num_heads, target, source)
-        k = most if top_k is None else top_k
-        dtype = torch.promote_types(query.dtype, key.dtype)
-        self.problem = kernels.Problem(
-            query=self.strided(query.to(dtype)),
-            key=self.strided(key.to(dtype)),
-            value=self.strided(value),
-            mask=self.broadcast(mask),
-            bias=self.broadcast(bias),
-            top_k=kernels.Strided(
-                k, k.expand(self.scores[:3]).stride() if isinstance(k, Tensor) else None
-            ),
-            H=num_heads,
-            repeats=num_heads // key.shape[1],
-            T=target,
-            S=source,
-            scale=width**-0.5,
-        )
-        self.dropout = kernels.Dropout(seed if dropout > 0.0 else None, dropout)
-        self.rows = batch * num_heads * target
-        self.query_width = {"D": width, "BLOCK_D": _block(width)}
-        self.value_width = {"D_V": value.shape[3], "BLOCK_V": _block(value.shape[3])}
-        self.widths = {**self.query_width, **self.value_width}
-        self.tile = {"M": self.sizes.M, "N": self.sizes.N, "num_warps": self.sizes.num_warps}
-        # One program for each tile of query rows or of keys.
-        self.query_tiles = (batch * num_heads * _cdiv(target, self.sizes.M),)
-        self.key_tiles = (batch * key.shape[1] * _cdiv(source, self.sizes.N),)
-
-    def strided(self, x: Tensor) -> Any:
-        """A tensor as the kernels take it."""
-        return self.kernels.Strided(x, x.stride())
-
-    def broadcast(self, x: Tensor | None) -> Any:
-        """A mask or bias; kernels read one row where all rows are equal."""
-        if x is None:
-            return self.kernels.Strided(None, None)
-        strides = x.expand(self.scores).stride()
-        rows = None if x.shape[2] == 1 else strides[2]
-        return self.kernels.Strided(x, (strides[0], strides[1], rows, strides[3]))
-
-    def gathering(self, most: int) -> dict[str, int]:
-        """How many rows a program takes where keys are gathered, and how many keys at a time."""
-        rows = max(1, min(8, 512 // _power_of_two(most)))
-        widest = max(self.widths["BLOCK_D"], self.widths["BLOCK_V"])
-        keys = max(1, min(GATHERED // (rows * widest), _power_of_two(most)))
-        return {"BLOCK_R": rows, "C": keys}
-
-
-def _kernels() -> ModuleType:
-    """Import the kernels; PyTorch for CPUs comes without Triton."""
-    from separata_shared.attention.topk import triton_kernels
-
-    return triton_kernels
-
-
 @torch.library.custom_op(
     "separata::topk_attention_triton",
     mutates_args=(),
@@ -265,7 +128,7 @@ def _forward(
     output, keys, weights, floats, integers, seed = outputs
     if dropout > 0.0:
         torch.randint(2**62, (1,), device=query.device, out=seed)
-    call = _Call(
+    call = Call(
         query,
         key,
         value,
@@ -294,7 +157,7 @@ def _forward(
             **tile,
         )
         gathering = call.gathering(sizes.capacity)
-        kernels.select_kernel[(_cdiv(call.rows, gathering["BLOCK_R"]),)](
+        kernels.select_kernel[(cdiv(call.rows, gathering["BLOCK_R"]),)](
             problem,
             candidates,
             counts,
@@ -345,7 +208,7 @@ def _empty_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Memory for the outputs of the forward; unused slots of lists hold zeros."""
     batch, num_heads, target, _ = query.shape
-    rows, slots = batch * num_heads * target, _sizes(query, value, most=most, ties=ties).slots
+    rows, slots = batch * num_heads * target, choose_sizes(query, value, most=most, ties=ties).slots
     return (
         value.new_empty(batch, num_heads, target, value.shape[3]),
         query.new_zeros(rows, slots, dtype=torch.int32),
@@ -377,7 +240,7 @@ def _backward(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias (empty where it is not asked for)."""
-    call = _Call(
+    call = Call(
         query,
         key,
         value,
@@ -415,7 +278,7 @@ def _backward(
 
 
 def _list_gradients(
-    call: _Call,
+    call: Call,
     upstream: Any,
     keys: Tensor,
     weights: Tensor,
@@ -431,7 +294,7 @@ def _list_gradients(
     slots, gathering = call.sizes.slots, call.gathering(call.sizes.slots)
     grad_query, grad_key, grad_value, grad_bias = grads
     grad_scores = torch.empty_like(weights) if deterministic else None
-    call.kernels.lists_backward_kernel[(_cdiv(call.rows, gathering["BLOCK_R"]),)](
+    call.kernels.lists_backward_kernel[(cdiv(call.rows, gathering["BLOCK_R"]),)](
         call.problem,
         upstream,
         keys,
@@ -451,7 +314,7 @@ def _list_gradients(
     if deterministic:
         order, offsets = _sort_by_key(keys, limits.size, call)
         num_keys = len(offsets) - 1
-        call.kernels.keys_backward_kernel[(_cdiv(num_keys, gathering["BLOCK_R"]),)](
+        call.kernels.keys_backward_kernel[(cdiv(num_keys, gathering["BLOCK_R"]),)](
             call.problem,
             upstream,
             weights,
@@ -468,7 +331,7 @@ def _list_gradients(
         )
 
 
-def _sort_by_key(keys: Tensor, sizes: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+def _sort_by_key(keys: Tensor, sizes: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Places in the lists ``(R, slots)`` in the order of keys, and where each key begins there."""
     batch, num_heads, target, source = call.scores
     repeats = call.problem.repeats
@@ -484,7 +347,7 @@ def _sort_by_key(keys: Tensor, sizes: Tensor, call: _Call) -> tuple[Tensor, Tens
 
 
 def _dense_gradients(
-    call: _Call, upstream: Any, limits: Any, grads: list[Any], causal: bool
+    call: Call, upstream: Any, limits: Any, grads: list[Any], causal: bool
 ) -> None:
     """Add the gradients through the rows without a list; each program owns what it writes."""
     grad_query, grad_key, grad_value, grad_bias = grads
