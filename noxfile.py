@@ -32,7 +32,8 @@ TORCH = "torch==2.13.0"
 BENCH = ["x-transformers"]
 BUILD = ["build", "hatchling"]
 CONTRACT = ["pytest", "pyyaml"]
-DOCS = ["sphinx", "myst-parser", "furo", "pyyaml"]
+# Later releases of soupsieve refuse Python before 3.11.5, which Debian 12 has.
+DOCS = ["sphinx", "myst-parser", "furo", "pyyaml", "soupsieve<3.0.2"]
 IMPORTS = ["import-linter", "deptry"]
 LINT = ["ruff", "codespell", "cffconvert"]
 TYPES = ["mypy", "types-pyyaml", "nox"]

@@ -105,8 +105,7 @@ def _run(verbs: Mapping[str, Verb], verb: str, argv: list[str], package: str) ->
     parser = _parser(function, f"{package.replace('_', '-')} {verb}")
     name, overrides = _split_config(argv)
     path = _find(name, package)
-    settings = {} if path is None else _settings(path, function, verbs)
-    settings = {**_places(function, path), **settings}
+    settings = _places(function, path) | ({} if path is None else _settings(path, function, verbs))
     values = _parse(parser, settings, overrides, path)
     function(**{key: values[key] for key in inspect.signature(function).parameters})
     _leave_processes()

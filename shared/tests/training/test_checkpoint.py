@@ -178,6 +178,43 @@ def test_index_that_would_run_code_is_refused(toy: ModuleType, tmp_path: Path) -
     assert not trace.exists()
 
 
+class Member:
+    """Pickles as Python before 3.11.4 pickles the member of an enumeration."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, str]]:
+        return getattr, (self.owner, self.name)
+
+
+def test_index_may_hold_members_of_enumerations(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enumeration = type(
+        torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    )
+    monkeypatch.setattr(
+        enumeration,
+        "__reduce_ex__",
+        lambda member, _: Member(enumeration, member.name).__reduce__(),
+    )
+    path = save(tmp_path, trained(toy))
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    assert load(path, make(toy)) == Progress(step=1, epoch=2, index=3)
+
+
+def test_index_reaches_no_attribute(toy: ModuleType, tmp_path: Path) -> None:
+    path = save(tmp_path, make(toy))
+    victim = tmp_path / "victim"
+    victim.touch()
+    for owner in (type(victim), victim):
+        (path / ".metadata").write_bytes(pickle.dumps(Member(owner, "unlink")))
+        with pytest.raises(ValueError, match=r"\.metadata: refused"):
+            load(path, make(toy))
+    assert victim.exists()
+
+
 def test_entry_that_is_no_tensor_is_refused(toy: ModuleType, tmp_path: Path) -> None:
     # Such an entry is a pickle inside the data file.
     folder = tmp_path / "step_0000001"

@@ -5,6 +5,7 @@ plain classes an index of tensors needs and nothing else. The tensors themselves
 with ``weights_only=True``.
 """
 
+import operator
 import pickle
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ _ADMITTED = {
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return operator.getitem  # before 3.11.4 Python writes E.A so; E["A"] reaches no more
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _ADMITTED:
             return super().find_class(module, name)
@@ -77,7 +80,6 @@ class TensorReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read the index; the arguments are those of the parent."""
         index = _read_index(Path(self.path))
-        if index.storage_meta is None:
-            index.storage_meta = StorageMeta()
+        index.storage_meta = index.storage_meta or StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
