@@ -307,6 +307,19 @@ def test_a_finished_run_is_left_alone(toy: ModuleType, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in run.weight_files()} == before
 
 
+def test_two_processes_do_not_train_in_one_run(toy: ModuleType, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with run.alone(write=True):
+        with pytest.raises(ValueError, match=r"run: another process is training in this run$"):
+            train(toy, run.path)
+        assert [path.name for path in run.path.iterdir()] == [".lock"]
+        # Of several processes only the first one writes, so only that one needs it.
+        with run.alone(write=False):
+            pass
+    train(toy, run.path)
+    train(toy, run.path)
+
+
 def test_best_weights_outlive_newer_ones(toy: ModuleType, tmp_path: Path) -> None:
     scores = iter([3.0, 1.0, 2.0, 2.5, 4.0])
     run = Run(tmp_path)

@@ -35,7 +35,7 @@ def pad(sequences: Sequence[ArrayLike], padding_index: int, *, length: int | Non
     return torch.from_numpy(padded)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device | str) -> Any:
     """Move a batch: anything with a method ``to``, or tuples, lists and dicts of such things."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)

@@ -12,11 +12,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from separata_shared.training.run import processor
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -192,17 +193,9 @@ def environment(device: str, threads: int) -> dict[str, object]:
     """What timings depend on besides the case."""
     on_cpu = torch.device(device).type == "cpu"
     return {
-        "device": _processor() if on_cpu else torch.cuda.get_device_name(),
+        "device": processor() if on_cpu else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": threads,
         "clock": "CPU time" if on_cpu and threads == 1 else "wall time",
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

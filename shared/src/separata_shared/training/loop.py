@@ -64,36 +64,38 @@ def fit(
         How the run ended.
 
     Raises:
-        ValueError: The loss or gradient is not finite, or the checkpoint does not fit.
+        ValueError: The loss or gradient is not finite, the checkpoint does not fit, or another
+            process trains in this directory.
         OSError: Something could not be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     world = distributed.start(config.device)
-    run.begin(write=world.is_main)
-    wrapped = distributed.wrap(
-        model.to(world.device), world, parallel=config.parallel, blocks=blocks
-    )
-    optimizer = optim.make_optimizer(model, config, decays)
-    update = _Update(
-        step,
-        model=wrapped,
-        optimizer=optimizer,
-        config=config,
-        world=world,
-        before_step=before_step or (lambda step: None),
-        clip=clip or partial(optim.clip_total_norm, max_norm=config.clip_norm or math.inf),
-    )
-    progress = Progress()
-    newest = checkpoint.latest(run.checkpoints)
-    if newest is not None:
-        progress = checkpoint.load(newest, model, optimizer, world, seed=config.seed)
-    stream = BatchStream(batches, epoch=progress.epoch, index=progress.index)
     with (
+        run.alone(write=world.is_main),
         _own_random_state(world),
         _deterministic(config.deterministic),
         caught_signals() as signals,
         Recorder(run, config=config, world=world) as recorder,
     ):
+        run.begin(write=world.is_main)
+        wrapped = distributed.wrap(
+            model.to(world.device), world, parallel=config.parallel, blocks=blocks
+        )
+        optimizer = optim.make_optimizer(model, config, decays)
+        update = _Update(
+            step,
+            model=wrapped,
+            optimizer=optimizer,
+            config=config,
+            world=world,
+            before_step=before_step or (lambda step: None),
+            clip=clip or partial(optim.clip_total_norm, max_norm=config.clip_norm or math.inf),
+        )
+        progress = Progress()
+        newest = checkpoint.latest(run.checkpoints)
+        if newest is not None:
+            progress = checkpoint.load(newest, model, optimizer, world, seed=config.seed)
+        stream = BatchStream(batches, epoch=progress.epoch, index=progress.index)
         recorder.begin(progress)
         wrapped.train()
         while progress.step < config.steps:

@@ -48,6 +48,7 @@ class Recorder:
         """Show where the run stands and drop the records after it."""
         if self.world.is_main:
             self.run.forget_after(progress.step)
+        self._restart()
         self.bar.update(progress.step - self.bar.n)
         if progress.step:
             self.say(f"resuming {self.run.path} at step {progress.step}")

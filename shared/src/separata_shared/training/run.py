@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import distributions
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from separata_shared.files import read_json, read_lines, read_text, write_json, write_text
 
@@ -77,6 +79,17 @@ class Run:
                     f"{self.config}: {name} is not what this command asks for; "
                     "choose another run directory or delete this one"
                 )
+
+    def alone(self, *, write: bool) -> AbstractContextManager[object]:
+        """Keep the directory to this process, if it is the one that writes, until a block ends.
+
+        Raises:
+            ValueError: Another process trains in the directory.
+        """
+        try:
+            return FileLock(self.path / ".lock", timeout=0).acquire() if write else nullcontext()
+        except Timeout:
+            raise ValueError(f"{self.path}: another process is training in this run") from None
 
     def record(self, **values: float | int | str | None) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -160,7 +173,7 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
@@ -170,7 +183,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """Name of the CPU."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -9,7 +9,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -330,8 +329,4 @@ def moses() -> Callable[[str, str], str]:
             "tokenising de-en.tgz needs: pip install 'separata-shared[moses]'"
         ) from None
     tokenizers = {language: MosesTokenizer(lang=language) for language in ("de", "en")}
-    joined = {
-        language: partial(tokenizer.tokenize, return_str=True)
-        for language, tokenizer in tokenizers.items()
-    }
-    return lambda line, language: str(joined[language](line))
+    return lambda line, language: str(tokenizers[language].tokenize(line, return_str=True))

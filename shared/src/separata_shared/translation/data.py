@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from separata_shared.data import Batches, MappedSequence, TokenBuckets, pad
 from separata_shared.data.characters import Characters, number_characters, tiny_characters
+from separata_shared.data.collate import to_device
 from separata_shared.data.prepared import open_prepared, read_array
 from separata_shared.data.vocabulary import (
     EOS,
@@ -84,12 +85,7 @@ class ParallelBatch:
 
     def to(self, device: torch.device | str) -> "ParallelBatch":
         """The batch on another device."""
-        return ParallelBatch(
-            *(
-                tensor.to(device, non_blocking=True)
-                for tensor in (self.source, self.decoder_input, self.target, self.indices)
-            )
-        )
+        return ParallelBatch(*(to_device(tensor, device) for tensor in vars(self).values()))
 
 
 @dataclass(frozen=True)
