@@ -98,7 +98,7 @@ def test_summed_statistics_give_sacrebleus_score(pairs: list[tuple[str, str]]) -
 def test_the_bootstrap_is_paired_and_repeats() -> None:
     references = [f"the {n} small dogs run over the {n % 7} green hills" for n in range(60)]
     worse = [line.replace("dogs", "cats") if n % 2 else line for n, line in enumerate(references)]
-    systems = {"right": references, "worse": worse, "same": list(worse)}
+    systems = {"right": [references], "worse": [worse], "same": [list(worse)]}
     found = paired_bootstrap(systems, references, baseline="worse", samples=200)
     assert found == paired_bootstrap(systems, references, baseline="worse", samples=200)
     assert found["same"]["difference_interval"] == [0.0, 0.0]
@@ -108,6 +108,21 @@ def test_the_bootstrap_is_paired_and_repeats() -> None:
     assert found["right"]["p"] == pytest.approx(1 / 200)
     low, high = found["worse"]["interval"]
     assert low < found["worse"]["bleu"] < high
+
+
+def test_the_bootstrap_takes_the_mean_over_the_seeds() -> None:
+    references = [f"the {n} small dogs run over the {n % 7} green hills today" for n in range(40)]
+    short = [line.removesuffix(" green hills today") for line in references]
+    long = [f"{line} and then they sleep" for line in references]
+    systems = {"short and long": [short, long], "right": [references, references]}
+    found = paired_bootstrap(systems, references, baseline="right", samples=50)
+    mean = (bleu(short, references).value + bleu(long, references).value) / 2
+    joined = bleu(short + long, references * 2).value
+    assert abs(joined - mean) > 1  # one text would be spared the brevity penalty
+    assert found["short and long"]["bleu"] == pytest.approx(mean, abs=1e-9)
+    assert found["short and long"]["difference"] == pytest.approx(mean - 100, abs=1e-9)
+    low, high = found["short and long"]["interval"]
+    assert low <= mean <= high
 
 
 def test_differences_are_taken_between_texts_decoded_in_the_same_way(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def _run_once(variant: Variant, train: TrainConfig, path: Path, folder: Path) ->
 def compare(
     found: Mapping[str, Sequence[Mapping[str, Any]]], references: Sequence[str], samples: int
 ) -> dict[str, Any]:
-    """Means over the seeds, and paired-bootstrap intervals over the sentences of all seeds.
+    """Means over the seeds, and paired-bootstrap intervals of these means over the sentences.
 
     Every way to decode a row is a line of its own. Differences are taken to ``soft-copy`` decoded
     in the same way where there is one, else to the first line decoded in that way.
@@ -184,20 +184,17 @@ def compare(
         samples: Resamples.
     """
     lines: dict[str, dict[str, Any]] = {}
-    texts: dict[str, dict[str, list[str]]] = {}
+    texts: dict[str, dict[str, list[list[str]]]] = {}
     for name, runs in found.items():
         for mode in runs[0]["scores"]["translations"]:
             scores = [run["scores"]["translations"][mode] for run in runs]
             lines[f"{name}, {mode}"] = _line(scores, [run["seed"] for run in runs])
-            whole = [line for run in runs for line in read_lines(text_of(run["run"], mode))]
-            texts.setdefault(mode, {})[name] = whole
+            found_lines = [read_lines(text_of(run["run"], mode)) for run in runs]
+            texts.setdefault(mode, {})[name] = found_lines
     for mode, systems in texts.items():
         baseline = next((name for name in systems if name.startswith("soft-copy")), None)
         baseline = baseline or next(iter(systems))
-        seeds = len(next(iter(systems.values()))) // len(references)
-        intervals = paired_bootstrap(
-            systems, list(references) * seeds, baseline=baseline, samples=samples
-        )
+        intervals = paired_bootstrap(systems, references, baseline=baseline, samples=samples)
         for name, values in intervals.items():
             lines[f"{name}, {mode}"] |= {"bootstrap": values, "compared_with": baseline}
     return lines

@@ -1,6 +1,6 @@
 """Numbers about translations beside BLEU, and how sure a difference in BLEU is.
 
-Shapes: ``N`` sentences, ``L`` layers with actions, ``K`` actions, ``R`` resamples.
+Shapes: ``N`` sentences, ``L`` layers with actions, ``K`` actions, ``R`` resamples, ``S`` runs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -128,7 +128,7 @@ def bleu_of(statistics: NDArray[np.int64]) -> float:
 
 
 def paired_bootstrap(
-    systems: Mapping[str, Sequence[str]],
+    systems: Mapping[str, Sequence[Sequence[str]]],
     references: Sequence[str],
     *,
     baseline: str,
@@ -138,9 +138,12 @@ def paired_bootstrap(
     """Confidence intervals of detokenised BLEU and of its difference to a baseline.
 
     Paired bootstrap (Koehn 2004): all systems are scored on the same resamples of the sentences.
+    The score of a system is the mean over its runs. Their texts are not joined: a run of short
+    translations and one of long ones would be spared the brevity penalty.
 
     Args:
-        systems: Translations by the name of the system, each in the order of ``references``.
+        systems: By the name of the system, the translations of each of its ``S`` runs, one for each
+            seed for example, in the order of ``references``.
         references: Reference of each sentence.
         baseline: Name of the system that the others are compared with.
         samples: Resamples ``R``.
@@ -156,22 +159,28 @@ def paired_bootstrap(
     picks = random.integers(number, size=(samples, number))
     weights = np.stack([np.bincount(row, minlength=number) for row in picks])  # (R, N)
     scores, values = {}, {}
-    for name, hypotheses in systems.items():
-        statistics = bleu_statistics(hypotheses, references)
-        values[name] = bleu_of(statistics.sum(axis=0))
-        scores[name] = np.array([bleu_of(row) for row in weights @ statistics])
+    for name, runs in systems.items():
+        statistics = np.stack([bleu_statistics(run, references) for run in runs])  # (S, N, 10)
+        values[name] = _mean_bleu(statistics.sum(axis=1))
+        resampled = (weights @ statistics).swapaxes(0, 1)  # (R, S, 10)
+        scores[name] = np.array([_mean_bleu(rows) for rows in resampled])
     results = {}
-    for name, resampled in scores.items():
-        difference = resampled - scores[baseline]
+    for name, found in scores.items():
+        difference = found - scores[baseline]
         sides = min(float((difference <= 0).mean()), float((difference >= 0).mean()))
         results[name] = {
             "bleu": values[name],
-            "interval": _interval(resampled),
+            "interval": _interval(found),
             "difference": values[name] - values[baseline],
             "difference_interval": _interval(difference),
             "p": min(1.0, max(2 * sides, 1 / samples)),
         }
     return results
+
+
+def _mean_bleu(statistics: NDArray[np.int64]) -> float:
+    """Mean over the runs of their corpus BLEU from summed statistics ``(S, 10)``."""
+    return float(np.mean([bleu_of(row) for row in statistics]))
 
 
 def _interval(values: NDArray[np.float64]) -> list[float]:
