@@ -233,3 +233,11 @@ def test_a_graph_as_a_table(tmp_path):
     (tmp_path / "graph.tsv").write_text("Heat\tstars\n")
     with pytest.raises(ValueError, match=r"graph\.tsv: line 1 is not head, relation and tail"):
         read_tsv(tmp_path)
+
+
+def test_a_node_that_the_table_lacks_is_named_with_its_row(tmp_path):
+    (tmp_path / "graph.tsv").write_text("Heat\tstars\tPacino\n")
+    items = "item\tnode\tname\n1\tHeat\tHeat (1995)\n2\t-\tOther\n"
+    (tmp_path / "items.tsv").write_text(items + "777\tnonode\tNo node\n")
+    with pytest.raises(ValueError, match=r"items\.tsv: row 4: the node 'nonode' .* write - for an"):
+        read_tsv(tmp_path)

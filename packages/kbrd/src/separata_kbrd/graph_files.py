@@ -10,9 +10,9 @@ relations; nodes are numbered as they first appear. ``items.tsv`` with keys in t
 
 **items.tsv** has the heading ``item<TAB>node<TAB>name`` and perhaps ``<TAB>mentions``: the
 identifier that dialogs write after ``@``, the node (in npz its number), a name, and how often the
-item is mentioned. With TSV an item whose node is ``-`` becomes a node of its own. The table
-``movies.tsv`` (``movieId``, ``entity_id``, ``uri``) beside ReDial's ``movies_with_mentions.csv`` is
-read as well.
+item is mentioned. With TSV an item whose node is ``-`` becomes a node of its own; any other key must
+stand in ``graph.tsv``. The table ``movies.tsv`` (``movieId``, ``entity_id``, ``uri``) beside
+ReDial's ``movies_with_mentions.csv`` is read as well.
 
 Any of the texts may be compressed (``.gz``, ``.xz``).
 """
@@ -223,7 +223,8 @@ def read_tsv(raw: Path) -> Graph:
     """A graph as a table of names.
 
     Raises:
-        ValueError: A file is missing or damaged; the message names it and the line.
+        ValueError: A file is missing or damaged, or an item's node is not in the graph; the message
+            names the file and the line.
     """
     path, items_path = need_file(raw, "graph.tsv"), need_file(raw, "items.tsv")
     keys: list[tuple[str, str, str]] = []
@@ -233,6 +234,14 @@ def read_tsv(raw: Path) -> Graph:
             raise ValueError(f"{path}: line {number} is not head, relation and tail")
         keys.append((columns[0], columns[1], columns[2]))
     rows = read_items(items_path)
+    known = {key for head, _, tail in keys for key in (head, tail)}
+    for number, (_, key, _, _) in enumerate(rows, start=2):
+        # A slip of the pen would else be one more node, about which nothing is known.
+        if key != NO_NODE and key not in known:
+            raise ValueError(
+                f"{items_path}: row {number}: the node {key!r} is not in {path.name}; "
+                f"write {NO_NODE} for an item that the graph does not know"
+            )
     rows = [(row[0], row[0] if row[1] == NO_NODE else row[1], *row[2:]) for row in rows]
     triples = number_triples(keys, [row[1] for row in rows])
     node_of = {key: node for node, key in enumerate(triples.nodes)}
