@@ -51,6 +51,23 @@ def test_nodes_by_name(linker, text, keys):
     assert [KEYS[node] for node in linker(text)] == keys
 
 
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("something by Acme, of Kind1", ["Acme", "Kind1"]),
+        ("ACME or acme", []),  # one word only as the table writes it
+        ("an espresso machine from Acme", ["espresso machine", "Acme"]),
+        ("espresso is all I drink", ["espresso"]),
+        ("the best @Acme 2012", []),  # an ordinary word, an identifier and a number
+        ("Zoom", []),  # an item
+    ],
+)
+def test_one_word_that_is_the_key_itself_is_found_as_it_is_written(text, keys):
+    nodes = ["Acme", "Kind1", "espresso", "espresso machine", "the", "best", "2012", "Zoom"]
+    linker = NameLinker(nodes, degrees=[1] * len(nodes), items=[7])
+    assert [nodes[node] for node in linker(text)] == keys
+
+
 def test_a_table_gives_links_in_order_with_repeats_and_only_nodes():
     table = {"hi": ["<b>", "<x>", "<a>", "<b>"]}
     link = nodes_of(table_linker(table), {"<a>": 0, "<b>": 1})

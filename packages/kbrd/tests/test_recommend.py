@@ -107,6 +107,26 @@ class TestCommand:
         assert answer["items"][0]["name"] in done.output
         assert "because of" in done.output
 
+    def test_an_identifier_needs_no_quotation_marks(
+        self, command: Callable[..., Any], run: Path, suggester: Suggester
+    ) -> None:
+        catalogue = suggester.trained.corpus.graph.catalogue
+        one, two = catalogue.ids[:2]
+        for items, count in ((one, 1), (f"[{one}]", 1), (f"[{one}, {two}]", 2), (f'["{one}"]', 1)):
+            done = command("recommend", "--run", run, "--items", items, "--output", "a.json")
+            assert done.status == 0, done
+            (answer,) = json.loads(Path("a.json").read_text())
+            assert {name for name, _ in answer["attention"]} == set(catalogue.names[:count])
+        assert command("recommend", "--run", run, "--items", catalogue.names[0]).status == 0
+        command("recommend", "--run", run, "--items", "99999").refused("'99999'", "catalogue")
+
+    def test_a_text_that_is_not_understood_is_said_to_be(
+        self, command: Callable[..., Any], run: Path
+    ) -> None:
+        done = command("recommend", "--run", run, "--text", "Kind1")
+        assert (done.status, done.output.count("\n")) == (0, 10)
+        assert done.errors.startswith("the request: nothing in it was recognised")
+
     def test_each_line_of_standard_input_is_a_request(
         self, command: Callable[..., Any], run: Path, suggester: Suggester
     ) -> None:
@@ -114,7 +134,8 @@ class TestCommand:
         done = command("recommend", "--run", run, "--k", 1, stdin=f"I like {name}\nhello\n")
         assert done.status == 0, done
         assert done.output.count("1. ") == 2
-        assert "nothing was recognised" in done.output
+        (note,) = done.errors.splitlines()  # the list alone would look as if it were understood
+        assert note.startswith("request 2: nothing in it was recognised; the list is the one for")
 
     def test_wrong_use(self, command: Callable[..., Any], run: Path) -> None:
         wrong = ["--items", '["No such film (1999)"]']

@@ -72,8 +72,10 @@ class NameLinker:
     """Finds nodes by the names in their keys, the longest names first; needs no network.
 
     A name counts if it has two words or more that are not all ordinary, or if it is that of a genre
-    ("horror", "horror movies"). Of nodes with the same name the one with most edges is meant. Items
-    are left out: they have titles, which ``linking.TitleLinker`` finds.
+    ("horror", "horror movies"). One other word counts if it is the key itself, not a URI, and the
+    text writes it just so: DBpedia has a node for nearly every word, somebody's own table has those
+    that matter to it. Of nodes with the same name the one with most edges is meant. Items are left
+    out: they have titles, which ``linking.TitleLinker`` finds.
 
     Args:
         nodes: Key of each node.
@@ -85,6 +87,7 @@ class NameLinker:
         self, nodes: Sequence[str], *, degrees: Sequence[int], items: Sequence[int]
     ) -> None:
         self._names = Names()
+        self._as_written: dict[str, int] = {}
         left_out = set(items)
         kept = [node for node in range(len(nodes)) if node not in left_out]
         # The first node of a name is meant: of genres that of films, then the one with most edges.
@@ -103,9 +106,13 @@ class NameLinker:
             for form in _SCIENCE_FICTION:
                 self._names.add(form, node, alias=True)
         plain = _PARENTHESES.sub("", name)
-        forms = [word.form for word in words_of(plain)]
-        if len(forms) > 1 and not is_ordinary(forms):
+        words = words_of(plain)
+        if is_ordinary([word.form for word in words]):
+            return
+        if len(words) > 1:
             self._names.add(plain, node, alias=False)
+        elif name == key:  # no URI
+            self._as_written.setdefault(plain[words[0].start : words[0].end], node)
 
     def __call__(self, text: str) -> list[int]:
         """Nodes in the order of the text, with repeats."""
@@ -114,12 +121,16 @@ class NameLinker:
         place = 0
         while place < len(read.words):
             names = self._names.longest_first(read.words, place)
-            if names and not read.between(place).endswith("@"):
-                count, things = names[0]
-                found.append(things[0])
-                place += count
-            else:
-                place += 1
+            word = read.words[place]
+            node = self._as_written.get(text[word.start : word.end])
+            count = 1
+            if not read.between(place).endswith("@"):
+                if names:
+                    count, things = names[0]
+                    found.append(things[0])
+                elif node is not None:
+                    found.append(node)
+            place += count
         return found
 
 

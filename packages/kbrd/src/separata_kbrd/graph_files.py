@@ -10,8 +10,8 @@ relations; nodes are numbered as they first appear. ``items.tsv`` with keys in t
 
 **items.tsv** has the heading ``item<TAB>node<TAB>name`` and perhaps ``<TAB>mentions``: the
 identifier that dialogs write after ``@``, the node (in npz its number), a name, and how often the
-item is mentioned. With TSV an item whose node is ``-`` becomes a node of its own; any other key must
-stand in ``graph.tsv``. The table ``movies.tsv`` (``movieId``, ``entity_id``, ``uri``) beside
+item is mentioned. With TSV an item whose node is ``-`` becomes a node of its own; any other key
+must stand in ``graph.tsv``. The table ``movies.tsv`` (``movieId``, ``entity_id``, ``uri``) beside
 ReDial's ``movies_with_mentions.csv`` is read as well.
 
 Any of the texts may be compressed (``.gz``, ``.xz``).

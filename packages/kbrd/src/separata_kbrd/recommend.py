@@ -15,6 +15,11 @@ from .linking import TitleLinker
 from .pairs import pad_nodes
 from .runs import TrainedRecommender, load_recommender
 
+NOTHING_RECOGNISED = (
+    "nothing in it was recognised; the list is the one for everybody, "
+    "ordered by the bias that training gave each item"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
@@ -151,18 +156,20 @@ def recommend(
     *,
     run: Path = Path("runs/tiny"),
     text: str | None = None,
-    items: list[str] | None = None,
+    items: list[str | int] | str | int | None = None,
     k: int = 10,
     output: Path | None = None,
 ) -> list[Recommendation]:
     """Recommend items for a text or a list of items, and show what they rest on.
 
-    Without both, every line of standard input is a request.
+    Without both, every line of standard input is a request. Where nothing is recognised, a line on
+    standard error says so.
 
     Args:
         run: Run directory with a trained recommender.
         text: What somebody says; items and other nodes of the graph are found in it.
-        items: Items that somebody likes, by identifier or name.
+        items: Items that somebody likes, by identifier or name: ``101``, ``[101, 102]`` or
+            ``["Heat (1995)", 101]``.
         k: Number of items.
         output: JSON file to write besides what is printed.
 
@@ -176,13 +183,17 @@ def recommend(
     from_input = text is None and items is None
     texts = standard_input(sys.stdin.buffer) if from_input else [text or ""]
     read = [suggester.read(one) for one in texts]
-    liked = [suggester.node_of(item) for item in items or ()]
+    listed = [items] if isinstance(items, str | int) else items or []
+    liked = [suggester.node_of(str(item)) for item in listed]
     found = suggester.recommend([liked + nodes for nodes, _ in read], k)
     answers = [
         Recommendation(items=one.items, attention=one.attention, notes=notes)
         for one, (_, notes) in zip(found, read, strict=True)
     ]
-    for answer in answers:
+    for number, answer in enumerate(answers, start=1):
+        if not answer.attention:
+            which = f"request {number}" if from_input else "the request"
+            print(f"{which}: {NOTHING_RECOGNISED}", file=sys.stderr)
         print("\n".join(lines_of(answer)))
     if output is not None:
         write_json(output, [asdict(answer) for answer in answers])
@@ -193,8 +204,6 @@ def recommend(
 def lines_of(answer: Recommendation) -> list[str]:
     """A recommendation as lines of text."""
     lines = [f"note: {note}" for note in answer.notes]
-    if not answer.attention:
-        lines.append("nothing was recognised; these are for everybody")
     lines += [f"{place:>3}. {item.name}" for place, item in enumerate(answer.items, start=1)]
     if answer.attention:
         shown = ", ".join(f"{name} {weight:.0%}" for name, weight in answer.attention)
