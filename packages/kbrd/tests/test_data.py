@@ -227,6 +227,20 @@ def test_prepared_data_comes_back_as_it_was_made(redial, capsys):
         assert np.array_equal(read.parts[name].tokens.values, part.tokens.values)
 
 
+def test_mentions_outside_the_catalogue_are_counted(redial, capsys):
+    prepare(data=redial)
+    assert "left out" not in capsys.readouterr().out
+    path = Path(redial.raw) / "test_data.jsonl"
+    dialog = json.loads(path.read_text().splitlines()[0])
+    for text in ("see @777", "or @0777 and @55", "@1000 is known"):
+        dialog["messages"].append({"senderWorkerId": 2, "text": text})
+    path.write_text(path.read_text() + json.dumps(dialog) + "\n")
+    prepare(data=redial)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("left out: 3 mentions of items that are not in the catalogue")
+    assert line.endswith("(2 identifiers, most often @777)")
+
+
 def test_preparing_twice_gives_the_same_bytes(redial):
     prepare(data=redial)
     first = {path.name: sha256(path) for path in Path(redial.prepared).iterdir()}

@@ -14,7 +14,7 @@ from .entities import name_linker, nodes_of, read_link_table, spotlight_linker, 
 from .graph import Catalogue, Triples, build_graph
 from .graph_files import Graph, has_npz, has_tsv, read_npz, read_tsv
 from .pickles import has_pickles, read_link_pickle, read_pickles
-from .redial import Dialog, Link, read_dialogs, split_dialogs
+from .redial import Dialog, Link, read_dialogs, split_dialogs, unknown_mentions
 from .sample import sample
 
 
@@ -49,6 +49,14 @@ def prepare(*, data: DataConfig) -> None:
         print(f"{entry['sha256']}  {directory / name}")
     for name, numbers in counts.items():
         print(f"{name}: " + ", ".join(f"{value:,} {key}" for key, value in numbers.items()))
+    dialogs = (*source.train, *source.valid, *source.test)
+    unknown = unknown_mentions(dialogs, frozenset(source.catalogue.ids))
+    if unknown:
+        ((item, _),) = unknown.most_common(1)
+        print(
+            f"left out: {unknown.total():,} mentions of items that are not in the catalogue "
+            f"({len(unknown):,} identifiers, most often @{item[:20]})"
+        )
 
 
 def read_source(data: DataConfig) -> Source:

@@ -10,7 +10,8 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from itertools import groupby
@@ -162,13 +163,30 @@ def _replace_items(text: str, node_of_item: Mapping[str, int], slot: str) -> tup
     nodes: list[int] = []
 
     def replace(found: re.Match[str]) -> str:
-        node = node_of_item.get(found[1].lstrip("0") or "0")
+        node = node_of_item.get(_identifier(found[1]))
         if node is None:
             return ""
         nodes.append(node)
         return slot
 
     return _ITEM.sub(replace, text), nodes
+
+
+def _identifier(digits: str) -> str:
+    """The identifier that digits after ``@`` mean: a number, as in the authors' code."""
+    return digits.lstrip("0") or "0"
+
+
+def unknown_mentions(dialogs: Iterable[Dialog], known: Collection[str]) -> Counter[str]:
+    """How often dialogs mention each item that is not known; ``turn_pairs`` leaves those out.
+
+    Args:
+        dialogs: The dialogs.
+        known: Identifiers of the catalogue.
+    """
+    texts = (message.text for dialog in dialogs for message in dialog.messages)
+    found = (_identifier(digits) for text in texts for digits in _ITEM.findall(text))
+    return Counter(item for item in found if item not in known)
 
 
 def read_dialogs(raw: Path, name: str) -> tuple[list[Dialog], Path]:
