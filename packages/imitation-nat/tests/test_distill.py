@@ -200,6 +200,42 @@ def test_several_workers_share_the_shards(
     assert files(output) == files(distilled)
 
 
+def test_workers_may_begin_at_the_same_time(
+    distilled: Path,
+    again: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The other worker writes its manifest after this one has looked for it.
+    output, exists, begin = tmp_path / "shared", Path.exists, module.begin
+
+    def exists_not_yet(path: Path) -> bool:
+        monkeypatch.setattr(Path, "exists", exists)
+        assert path == output / "manifest.json"
+        again(output, worker=1, workers=2)
+        return False
+
+    def begin_early(*arguments: Any) -> None:
+        monkeypatch.setattr(module, "begin", begin)
+        monkeypatch.setattr(Path, "exists", exists_not_yet)
+        begin(*arguments)
+
+    monkeypatch.setattr(module, "begin", begin_early)
+    again(output, worker=0, workers=2)
+    assert files(output) == files(distilled)
+
+
+def test_what_a_killed_process_was_writing_is_no_other_file(
+    distilled: Path, again: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "left"
+    output.mkdir()
+    (output / ".manifest.json.999.tmp").write_text("{")
+    again(output)
+    (output / ".manifest.json.999.tmp").unlink()
+    assert files(output) == files(distilled)
+
+
 def test_own_text_keeps_its_empty_lines(again: Callable[..., Path], tmp_path: Path) -> None:
     source = tmp_path / "in.txt"
     source.write_text("s1 s2 s3\n\ns4 s5\n\n")

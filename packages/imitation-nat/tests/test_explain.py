@@ -86,9 +86,7 @@ def test_the_demonstrator_is_read_teacher_forced() -> None:
     torch.testing.assert_close(found[0][:, :2], found[1][:, :2])
     assert not torch.allclose(found[0][:, 2:], found[1][:, 2:])
     with torch.no_grad():
-        _, log_pi = demonstrator.actions(
-            torch.tensor([[4, 5, EOS]]), torch.tensor([[EOS, 7, 8, 9]])
-        )
+        log_pi = demonstrator.actions(torch.tensor([[4, 5, EOS]]), torch.tensor([[EOS, 7, 8, 9]]))
     torch.testing.assert_close(found[0], log_pi[:, 0].exp())
 
 
@@ -154,7 +152,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, TrainedModel[ModelConfig]
 
     class Corpus:
         valid = test = PART
-        target_vocabulary = VOCABULARY
+        source_vocabulary = target_vocabulary = VOCABULARY
 
     monkeypatch.setattr(module, "load_learner", lambda run: found["learner"])
     monkeypatch.setattr(module, "load_demonstrator", lambda run: found["demonstrator"])

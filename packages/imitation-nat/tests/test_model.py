@@ -97,7 +97,8 @@ def test_the_demonstrator_never_looks_ahead(length, data) -> None:
     changed = target.clone()
     changed[:, t] = 4 + (target[:, t] - 3) % (VOCABULARY - 4)
     (logits, log_pi), (new_logits, new_log_pi) = (
-        demonstrator.actions(source, tokens) for tokens in (target, changed)
+        (demonstrator(source, tokens), demonstrator.actions(source, tokens))
+        for tokens in (target, changed)
     )
     assert torch.equal(logits[:, :t], new_logits[:, :t])
     assert torch.equal(log_pi[:, :, :t], new_log_pi[:, :, :t])
@@ -149,11 +150,14 @@ def test_actions_are_distributions_and_mix_vectors_of_the_codebook(options) -> N
             layer.action.register_forward_hook(
                 lambda module, inputs, u, book=codebook: vectors.append((u, book))
             )
-    _, log_pi = demonstrator.actions(sentences([5, 3]), shifted(sentences([4, 6])))
+    source, target, trace = sentences([5, 3]), shifted(sentences([4, 6])), ActionTrace()
+    demonstrator(source, target, trace)
+    log_pi, taken = trace.log_pi, list(vectors)
+    assert torch.equal(demonstrator.actions(source, target), log_pi)  # as in training
     assert log_pi.shape == (len(chosen.layers_with_actions), 2, 6, 5)
     assert_close(log_pi.exp().sum(dim=-1), torch.ones(log_pi.shape[:-1]))
-    assert len(vectors) == len(log_pi)
-    for (u, book), layer_log_pi in zip(vectors, log_pi, strict=True):
+    assert len(taken) == len(log_pi)
+    for (u, book), layer_log_pi in zip(taken, log_pi, strict=True):
         if chosen.actions == "soft":
             assert_close(u, layer_log_pi.exp() @ book)  # in the convex hull of A, by its weights
         else:

@@ -12,7 +12,10 @@ import separata_imitation_nat.distill as distill_module
 from separata_imitation_nat import ablate as ablate_module
 from separata_imitation_nat.ablate import ablate
 from separata_imitation_nat.config import StagesConfig
+from separata_imitation_nat.evaluate import evaluate
+from separata_imitation_nat.generate import open_run
 from separata_imitation_nat.reproduce import evaluate_once, prepare_once, reproduce
+from separata_shared.files import sha256
 from separata_shared.translation import DataConfig
 
 STAGES = {"teacher", "distilled", "demonstrator", "learner"}
@@ -115,6 +118,15 @@ def test_scores_of_other_weights_are_made_again(reproduced: Path, tmp_path: Path
     assert path.read_text() == right
 
 
+def test_scores_of_another_scorer_are_made_again(reproduced: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(reproduced, tmp_path / "run"))
+    right = json.loads((run / "learner/scores.json").read_text())
+    assert right["scorer"] == sha256(open_run(run / "teacher").trained.weights)
+    other = evaluate(run=run / "learner", scorer=run / "demonstrator")
+    assert other["scorer"] == sha256(open_run(run / "demonstrator").trained.weights)
+    assert evaluate_once(run / "learner", scorer=run / "teacher") == right
+
+
 def test_data_that_was_prepared_is_checked_and_kept(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -175,7 +187,8 @@ def test_the_ablation_pairs_its_rows_by_seed_and_can_be_stopped(
     ("changes", "message"),
     [
         ({"samples": 0}, "^samples: must be at least 1, got 0"),
-        ({"seeds": [1, 2, 1]}, r"^seeds: each may be there once, got \[1, 2, 1\]"),
+        ({"seeds": [1, 2, 1]}, r"^seeds: needs different values, at least one, got \[1, 2, 1\]"),
+        ({"rows": []}, r"^rows: needs different values, at least one, got \[\]"),
         ({"weights": [0.1, -1.0]}, r"^objective\.imitation: must not be negative, got -1\.0"),
     ],
 )
@@ -196,6 +209,15 @@ def _stop_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
         return function(**settings)
 
     return stopped
+
+
+def test_models_that_no_row_needs_are_not_trained(brief: dict[str, Any], tmp_path: Path) -> None:
+    table = ablate(**brief, rows=["autoregressive"], targets=["raw"], samples=5, run=tmp_path / "a")
+    assert list(table) == ["raw"]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "autoregressive-raw-seed1",
+        "ablation.json",
+    }
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """Training of every stage: it repeats, it resumes, and the learner imitates a frozen expert."""
 
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from separata_imitation_nat.build import build_demonstrator, build_learner
+from separata_imitation_nat.build import build_demonstrator, build_learner, build_mask_predictor
 from separata_imitation_nat.config import ObjectiveConfig, StagesConfig
 from separata_imitation_nat.data import load
 from separata_imitation_nat.generate import load_demonstrator, load_learner, load_teacher
@@ -17,7 +19,7 @@ from separata_imitation_nat.objective import (
     validation,
 )
 from separata_imitation_nat.train import train, train_demonstrator
-from separata_shared.data.vocabulary import EOS, PAD
+from separata_shared.data.vocabulary import EOS, PAD, UNK, Vocabulary, frequent_words
 from separata_shared.training import Run, read_weights
 from separata_shared.translation import ParallelBatch, validation_loss
 from separata_shared.translation.train import with_vocabulary
@@ -165,7 +167,7 @@ def test_the_learner_imitates_what_the_demonstrator_does_on_the_words_before(
         source, target = source[source != PAD][None], target[target != PAD][None]
         forced = torch.cat((torch.full((1, 1), EOS), target[:, :-1]), dim=1)
         with torch.no_grad():
-            _, expected = expert.network.actions(source, forced)
+            expected = expert.network.actions(source, forced)
             own = network(source, torch.ones_like(target, dtype=torch.bool)).log_pi
         terms.append(-(expected.exp() * own).sum(dim=-1).mean(dim=0).flatten())
     torch.testing.assert_close(loss.log["imitation"] / loss.count, torch.cat(terms).mean())
@@ -193,8 +195,6 @@ def test_running_means_move_in_training_only(small: Settings, demonstrator: Path
 
 
 def test_mask_predict_counts_the_words_that_it_hid(small: Settings) -> None:
-    from separata_imitation_nat.build import build_mask_predictor
-
     model = with_vocabulary(small["model"], load(small["data"]))
     network, batch = build_mask_predictor(model), batch_of(small)
     step = mask_predict_step(network, ObjectiveConfig(length=0.0), 0.0)
@@ -214,12 +214,10 @@ def test_a_loss_that_is_no_number_ends_the_run(
     assert not list((tmp_path / "run").glob("weights/*"))
 
 
-def test_a_run_begun_with_other_inputs_is_refused(small: Settings, learner: Path) -> None:
-    stages = StagesConfig(initialise="teacher")
-    with pytest.raises(ValueError, match=r"inputs\.json: teacher is not what this run"):
-        train(**learning(small, learner.parent, stages=stages), run=learner)
-    with pytest.raises(ValueError, match=r"inputs\.json: distilled is not what this run"):
-        train(**learning(small, learner.parent, stages=StagesConfig(targets="raw")), run=learner)
+def test_a_run_begun_with_other_stages_is_refused(small: Settings, learner: Path) -> None:
+    for stages in (StagesConfig(initialise="teacher"), StagesConfig(targets="raw")):
+        with pytest.raises(ValueError, match=r"config\.yaml: stages is not what this command asks"):
+            train(**learning(small, learner.parent, stages=stages), run=learner)
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
@@ -231,12 +229,72 @@ def test_label_smoothing_outside_its_range_is_refused(
     assert not list(tmp_path.glob("run/weights"))
 
 
-def test_a_demonstrator_of_another_vocabulary_is_refused(
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("stage", ["demonstrator", "teacher"])
+def test_an_earlier_model_of_another_vocabulary_is_refused(
+    small: Settings, learner: Path, tmp_path: Path, side: str, stage: str
+) -> None:
+    # As many tokens, in another order: nothing but their numbers tells.
+    folder = Path(shutil.copytree(learner.parent, tmp_path / "stages"))
+    path = folder / stage / f"{side}.vocabulary"
+    pieces = Vocabulary.load(path).pieces
+    rising = [" ".join([word] * count) for count, word in enumerate(pieces[UNK + 1 :], start=1)]
+    frequent_words(rising, len(pieces)).save(path)
+    stages = StagesConfig(targets="raw", initialise=stage)
+    options = {"stages": stages, "objective": ObjectiveConfig(imitation=0.0)}
+    with pytest.raises(ValueError, match=f"{stage}: was made with another vocabulary"):
+        train(**learning(small, folder, **options), run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_actions_of_other_layers_are_not_imitated(
     small: Settings, learner: Path, tmp_path: Path
 ) -> None:
-    other, raw = replace(small["data"], tiny_symbols=7), StagesConfig(targets="raw")
-    with pytest.raises(ValueError, match="demonstrator: was made with another vocabulary"):
-        train(**learning(small, learner.parent, data=other, stages=raw), run=tmp_path / "run")
+    stages, folder = StagesConfig(targets="raw", initialise="none"), tmp_path / "stages"
+    shutil.copytree(learner.parent, folder)
+    shutil.rmtree(folder / "demonstrator")
+    first, second = (replace(small["model"], action_layers=[layer]) for layer in (0, 1))
+    brief = {"stages": stages, "train": replace(small["train"], steps=1)}
+    shown = {name: value for name, value in small.items() if name != "parallel"}
+    train_demonstrator(**shown | brief | {"model": first}, run=folder / "demonstrator")
+    for model, found in ((second, "8 actions in layers [1]"), (replace(first, num_actions=0), "0")):
+        message = rf"demonstrator: has 8 actions in layers \[0\], the learner {re.escape(found)}"
+        with pytest.raises(ValueError, match=message):
+            train(**learning(small, folder, model=model, **brief), run=tmp_path / "run")
+
+
+def test_a_refused_learner_leaves_another_run_as_it_is(
+    small: Settings, learner: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(learner.parent, tmp_path / "stages"))
+    before = sorted((folder / "teacher").rglob("*"))
+    with pytest.raises(ValueError, match=r"teacher/config\.yaml: \w+ is not what this command"):
+        train(**learning(small, folder), run=folder / "teacher")
+    assert sorted((folder / "teacher").rglob("*")) == before
+
+
+def test_a_learner_does_not_go_on_with_another_demonstrator(
+    small: Settings, learner: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(learner.parent, tmp_path / "stages"))
+    best = load_demonstrator(folder / "demonstrator").weights
+    other = next(path for path in best.parent.iterdir() if path != best)
+    best.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=r"inputs\.json: demonstrator is not what this run was"):
+        train(**learning(small, folder), run=folder / "learner")
+
+
+def test_mask_predict_hides_the_same_words_in_every_evaluation(small: Settings) -> None:
+    model = with_vocabulary(small["model"], load(small["data"]))
+    network = build_mask_predictor(model).eval()
+    step = mask_predict_step(network, ObjectiveConfig(), 0.0)
+    judge = validation(step, load(small["data"]).valid, 160)
+    torch.manual_seed(1)
+    first, after = judge(network), torch.rand(())
+    torch.manual_seed(1)
+    assert torch.rand(()) == after  # and nobody else's random numbers are touched
+    torch.manual_seed(2)
+    assert judge(network) == first
 
 
 def test_a_demonstrator_without_actions_is_refused(small: Settings) -> None:

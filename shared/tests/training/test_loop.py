@@ -238,6 +238,21 @@ def test_interrupt_in_this_process_is_an_exception_of_its_own(
     assert checkpoint.latest(run.checkpoints) == run.checkpoints / "step_0000003"
 
 
+def test_interrupt_in_the_last_evaluation_ends_what_would_follow(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    def interrupted(model: nn.Module) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        return {"loss": 1.0}
+
+    run, config = Run(tmp_path), TrainConfig(**{**COMMON, "steps": 3})
+    with pytest.raises(Interrupted, match="step 3"):
+        fit(toy.build(), toy.batches, toy.step, config=config, run=run, evaluate=interrupted)
+    assert checkpoint.latest(run.checkpoints) == run.checkpoints / "step_0000003"
+    result = fit(toy.build(), toy.batches, toy.step, config=config, run=run)
+    assert result.step == 3
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_loss_or_gradient_that_is_not_finite_stops_before_saving(

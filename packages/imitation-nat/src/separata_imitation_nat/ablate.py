@@ -88,8 +88,10 @@ def ablate(
     """
     if samples < 1:
         raise ValueError(f"samples: must be at least 1, got {samples}")
-    if seeds and len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds: each may be there once, got {seeds}")
+    given = {"rows": rows, "weights": weights, "targets": targets, "seeds": seeds}
+    for name, values in given.items():
+        if values is not None and (not values or len(set(values)) < len(values)):
+            raise ValueError(f"{name}: needs different values, at least one, got {values}")
     for weight in weights or ():
         replace(objective, imitation=weight)  # refuses a weight before anything is trained
     prepare_once(data)
@@ -122,7 +124,9 @@ def variants_of(
     model, objective, kind = settings["model"], settings["objective"], settings["stages"].targets
     places: dict[str, Any] = {"teacher": run / "teacher", "distilled": run / "distilled"}
     places["demonstrator"] = run / ("demonstrator" if kind == "distilled" else "demonstrator-raw")
-    earlier_stages(settings, **places)
+    rows = rows or ("vanilla", "soft-copy", "imitation")
+    learners = {"vanilla", "soft-copy", "imitation"} & set(rows)
+    earlier_stages(settings, **places | ({} if learners else {"demonstrator": None}))
     names = ("model", "data", "decode", "stages", "label_smoothing")
     groups = {name: settings[name] for name in names}
 
@@ -153,7 +157,7 @@ def variants_of(
         "mask-predict": iterative,
     }
     wanted: dict[str, Callable[[TrainConfig, Path], object]] = {}
-    for row in rows or ("vanilla", "soft-copy", "imitation"):
+    for row in rows:
         if row == "imitation":
             for weight in weights or [objective.imitation]:
                 wanted[f"imitation-{weight:g}"] = learner(model.copy, weight)

@@ -8,6 +8,7 @@ baseline.
 """
 
 import csv
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +38,7 @@ from .competitors import (
 )
 from .config import ModelConfig
 from .fast import PRECISIONS, Precision
-from .generate import load_learner, load_teacher
+from .generate import check_vocabularies, load_learner, load_teacher
 
 Row = dict[str, Any]
 Measure = Callable[[Work, Sequence[Competitor]], list[Row]]
@@ -104,6 +105,7 @@ def bench(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     models = load_models(model, vocabulary, threads, teacher, shallow, learner)
+    check_positions(models, source_length, target_length, rescoring_lengths or [], candidates)
     measure = partial(
         measured, models, clock=timing.make_clock("cpu", threads), rounds=rounds, seconds=seconds
     )
@@ -151,8 +153,13 @@ def check(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: must be at least {value}, got {options[name]}")
     if any(length < 2 for length in options["rescoring_lengths"] or []):
         raise ValueError("rescoring_lengths: must be at least 2")
-    if not options["large_batch_gib"] > 0:
-        raise ValueError(f"large_batch_gib: must be positive, got {options['large_batch_gib']}")
+    gib, output = options["large_batch_gib"], options["output"]
+    if not (math.isfinite(gib) and gib > 0):
+        raise ValueError(f"large_batch_gib: must be a positive number, got {gib}")
+    if output.suffix == ".json":
+        raise ValueError(f"output: {output} is where the JSON file goes; give the CSV file's name")
+    if output.is_dir():
+        raise ValueError(f"output: {output} is a directory")
     if "float32" not in (options["precisions"] or PRECISIONS):
         raise ValueError("precisions: float32 is a baseline and cannot be left out")
     runs = {name: options[name] for name in ("teacher", "shallow", "learner")}
@@ -162,6 +169,22 @@ def check(options: Mapping[str, Any]) -> None:
             f"{missing[0]}: missing; without every baseline there is no speed-up to print, so give "
             "all of teacher, shallow and learner, or none for random weights"
         )
+
+
+def check_positions(
+    models: Models, source: int, target: int, rescoring: Sequence[int], candidates: int
+) -> None:
+    """Raise a ``ValueError`` that names a length for which a model has no positions."""
+    most = min(config.max_length for config in models.configs.values())
+    wide = candidates // 2
+    lengths = {"source_length": source, "target_length": target + wide}
+    lengths |= {"rescoring_lengths": max(rescoring) + wide} if rescoring else {}
+    for name, length in lengths.items():
+        if length > most:
+            raise ValueError(
+                f"{name}: up to {length} tokens with {candidates} candidates, but the models have "
+                f"positions for {most} (model.max_length)"
+            )
 
 
 def load_models(
@@ -181,9 +204,8 @@ def load_models(
     """
     if teacher is not None and shallow is not None and learner is not None:
         deep, thin, own = load_teacher(teacher), load_teacher(shallow), load_learner(learner)
-        for other in (thin, own):
-            for side in ("source_vocabulary", "target_vocabulary"):
-                getattr(deep, side).check(getattr(other, side).fingerprint, other.run)
+        check_vocabularies(thin, deep)
+        check_vocabularies(own, deep)
         networks = (deep.network.cpu(), thin.network.cpu(), own.network.cpu())
         return Models(*networks, configs=(deep.model, thin.model), threads=threads)
     whole = replace(

@@ -52,7 +52,8 @@ class EMACodebook(nn.Module):
 
     def scores(self, z: Tensor) -> Tensor:
         """``-|z - A_k|^2`` up to what is the same for all k, ``(..., K)`` of ``z (..., M)``."""
-        return 2 * z.float() @ self.A.mT - self.A.square().sum(dim=-1)
+        with torch.autocast(z.device.type, enabled=False):  # or the nearest may be another one
+            return 2 * z.float() @ self.A.mT - self.A.square().sum(dim=-1)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise states.

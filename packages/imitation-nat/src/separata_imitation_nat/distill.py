@@ -173,10 +173,11 @@ def begin(plan: Plan, settings: Mapping[str, Any]) -> None:
         ValueError: The directory holds another distillation, or something else.
     """
     if not plan.manifest.exists():
-        if plan.directory.exists() and any(plan.directory.iterdir()):
+        # What a killed process was writing is no other file, nor is what another worker wrote now.
+        others = set(plan.directory.glob("*")) - set(plan.directory.glob(".*.tmp"))
+        if others and not plan.manifest.exists():
             raise ValueError(f"{plan.directory}: holds other files; choose another output")
         write_json(plan.manifest, {"format": _FORMAT, "settings": settings, "complete": False})
-        return
     found = read_manifest(plan.manifest)["settings"]
     for name, value in settings.items():
         if found.get(name) != value:

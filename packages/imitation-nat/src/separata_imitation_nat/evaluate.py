@@ -10,7 +10,7 @@ from separata_shared.translation.scoring import SCORES
 from torch import Tensor
 
 from .data import Split, load
-from .generate import Translator, length_report, open_run, sources_of
+from .generate import Translator, check_vocabularies, length_report, open_run, sources_of
 from .quality import bleu_by_length, collapse, repeated_tokens
 
 
@@ -47,8 +47,7 @@ def evaluate(
     translator = open_run(run, weights=weights, scorer=scorer)
     trained = translator.trained
     corpus = load(trained.data)
-    trained.source_vocabulary.check(corpus.source_vocabulary.fingerprint, run)
-    trained.target_vocabulary.check(corpus.target_vocabulary.fingerprint, run)
+    check_vocabularies(trained, corpus)
     part: Split = getattr(corpus, split)
     sources = sources_of(part)
     path = output or run / SCORES[split]
@@ -68,6 +67,7 @@ def evaluate(
     scores: dict[str, Any] = {
         "split": split,
         "weights": sha256(trained.weights),
+        "scorer": translator.scorer and sha256(translator.scorer),
         "kind": translator.kind,
         "sentences": len(part),
         "translations": translations,

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .actions import ActionTrace
 from .config import ModelConfig
 from .data import load
-from .generate import load_demonstrator, load_learner
+from .generate import check_actions, check_vocabularies, load_demonstrator, load_learner
 from .model import Demonstrator, Learner
 from .plot import draw_actions
 from .quality import ActionUse
@@ -82,10 +82,15 @@ def explain(
     for name, value in (("sentence", sentence), ("limit", limit), ("nearest", nearest)):
         if value < 1:
             raise ValueError(f"{name}: must be at least 1, got {value}")
+    if output is not None and output.suffix == ".png":
+        raise ValueError(f"output: {output} is where the picture goes; give the JSON file's name")
     own, expert = load_learner(run), load_demonstrator(demonstrator)
-    check(own, expert)
+    if not own.model.layers_with_actions:
+        raise ValueError(f"{run}: this learner has no actions (model.num_actions is 0)")
+    check_vocabularies(expert, own)
+    check_actions(expert, own.model)
     corpus = load(own.data)
-    own.target_vocabulary.check(corpus.target_vocabulary.fingerprint, run)
+    check_vocabularies(own, corpus)
     part: Split = getattr(corpus, split)
     count = min(limit, len(part))
     if sentence > count:
@@ -110,20 +115,6 @@ def explain(
     return report
 
 
-def check(own: TrainedModel[ModelConfig], expert: TrainedModel[ModelConfig]) -> None:
-    """Raise a ``ValueError`` unless both have the same actions and vocabularies."""
-    for side in ("source_vocabulary", "target_vocabulary"):
-        getattr(own, side).check(getattr(expert, side).fingerprint, expert.run)
-    mine, its = ((m.model.layers_with_actions, m.model.num_actions) for m in (own, expert))
-    if not own.model.layers_with_actions:
-        raise ValueError(f"{own.run}: this learner has no actions (model.num_actions is 0)")
-    if mine != its:
-        raise ValueError(
-            f"{expert.run}: has {its[1]} actions in layers {its[0]}, the learner {mine[1]} in "
-            f"{mine[0]}"
-        )
-
-
 @torch.inference_mode()
 def collect(learner: nn.Module, demonstrator: nn.Module, part: Split, count: int) -> Actions:
     """Run both models over the first ``count`` sentences of a split."""
@@ -138,7 +129,7 @@ def collect(learner: nn.Module, demonstrator: nn.Module, part: Split, count: int
     for batch in first.in_order(max(BATCH_TOKENS, int(first.lengths.max()))):
         here = batch.to(device)
         real = here.target.ne(PAD)
-        _, expert = demonstrator.actions(here.source, here.decoder_input)
+        expert = demonstrator.actions(here.source, here.decoder_input)
         trace = ActionTrace()
         logits = learner.decode(learner.encode(here.source), real, trace)
         numbers = here.indices[:, None].expand_as(real)

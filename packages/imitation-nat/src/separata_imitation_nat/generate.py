@@ -17,7 +17,7 @@ from separata_shared.data import TokenBuckets, pad
 from separata_shared.data.vocabulary import PAD
 from separata_shared.files import read_lines, read_text, write_text
 from separata_shared.training import Run
-from separata_shared.translation import Split, TrainedModel
+from separata_shared.translation import Corpus, Split, TrainedModel
 from separata_shared.translation.search import encode_line, standard_input
 from torch import Tensor
 from tqdm import tqdm
@@ -55,6 +55,8 @@ class Translator:
     trained: TrainedModel[ModelConfig]
     modes: Mapping[str, Translate]
     """By name; the last one is how the run wants to be used."""
+    scorer: Path | None = None
+    """Weights of the other model that chooses among a learner's lengths, where one does."""
 
 
 def kind_of(run: Path) -> Kind:
@@ -114,14 +116,15 @@ def _open_learner(
     most = trained.model.max_length
     one = configured(replace(chosen, scorer="none"), max_length=most)
     modes = {"one_length": partial(_in_one_go, trained, one)}
+    judge, weights = None, None
+    if chosen.scorer == "teacher":
+        read = read_scorer(scorer, trained)
+        judge, weights = read.network, read.weights
     if chosen.scorer != "none":
-        judge = None
-        if chosen.scorer == "teacher":
-            judge = read_scorer(scorer, trained).network
         several = configured(chosen, teacher=judge, max_length=most)
         widest = chosen.max_tokens // chosen.candidates
         modes["rescored"] = partial(_in_one_go, trained, several, max_tokens=widest)
-    return Translator("learner", trained, modes)
+    return Translator("learner", trained, modes, weights)
 
 
 def read_scorer(run: Path | None, trained: TrainedModel[ModelConfig]) -> TrainedModel[ModelConfig]:
@@ -136,10 +139,29 @@ def read_scorer(run: Path | None, trained: TrainedModel[ModelConfig]) -> Trained
     if kind not in ("teacher", "demonstrator"):
         raise ValueError(f"{run}: is a {kind}; only a teacher or a demonstrator can score")
     scorer = (load_teacher if kind == "teacher" else load_demonstrator)(run)
-    for side in ("source", "target"):
-        vocabulary = getattr(scorer, f"{side}_vocabulary")
-        vocabulary.check(getattr(trained, f"{side}_vocabulary").fingerprint, run)
+    check_vocabularies(scorer, trained)
     return scorer
+
+
+def check_vocabularies(
+    trained: TrainedModel[ModelConfig], other: TrainedModel[ModelConfig] | Corpus
+) -> None:
+    """Raise a ``ValueError`` that names the run unless both number the same tokens."""
+    for side in ("source_vocabulary", "target_vocabulary"):
+        getattr(trained, side).check(getattr(other, side).fingerprint, trained.run)
+
+
+def check_actions(demonstrator: TrainedModel[ModelConfig], learner: ModelConfig) -> None:
+    """Raise a ``ValueError`` unless a learner has the actions of a demonstrator, layer by layer."""
+    theirs, own = (
+        f"{model.num_actions} actions in layers {model.layers_with_actions}"
+        for model in (demonstrator.model, learner)
+    )
+    if theirs != own:
+        raise ValueError(
+            f"{demonstrator.run}: has {theirs}, the learner {own}; "
+            "see model.num_actions and model.action_layers"
+        )
 
 
 def _searched(trained: TrainedModel[ModelConfig], sources: Sequence[Tensor]) -> list[list[int]]:
@@ -276,11 +298,15 @@ def generate(
 
 def _parallel_of(run: Path, radius: int | None) -> ParallelDecodeConfig | None:
     """The run's own way to decode with another window, where one is wanted."""
-    if radius is None or kind_of(run) != "learner":
+    if radius is None:
         return None
+    if (kind := kind_of(run)) != "learner":
+        raise ValueError(f"radius: {run} is a {kind}; only a learner decodes several lengths")
     kept: ParallelDecodeConfig = from_yaml(Run(run).config, {"parallel": ParallelDecodeConfig})[
         "parallel"
     ]
+    if radius and kept.scorer == "none":
+        raise ValueError(f"radius: {run} has parallel.scorer none, so only 0 is possible")
     scorer = kept.scorer if radius else "none"
     lengths: Literal["window", "source"] = "source" if kept.lengths == "source" else "window"
     return replace(kept, lengths=lengths, radius=radius, scorer=scorer)
@@ -323,7 +349,10 @@ def score(
         encode_line(trained, line, name=f"{source}: line {number}")
         for number, line in enumerate(lines[0], start=1)
     ]
-    targets = [torch.from_numpy(trained.target_vocabulary.encode(line)).long() for line in lines[1]]
+    change = str.lower if trained.data.lowercase else str
+    targets = [
+        torch.from_numpy(trained.target_vocabulary.encode(change(line))).long() for line in lines[1]
+    ]
     longest = max(map(len, targets))
     if longest > trained.model.max_length:
         raise ValueError(

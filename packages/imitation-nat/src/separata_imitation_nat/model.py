@@ -62,15 +62,19 @@ class Demonstrator(Transformer):
 
         Training calls this, wrapped for several processes or not, and reads ``trace``.
         """
-        memory, mask = self.encode(source)
-        states = self.decoder(self.target(target), memory, memory_mask=mask, trace=trace)
-        return self.output(states)
+        return self.output(self.states(source, target, trace))
 
-    def actions(self, source: Tensor, decoder_input: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, T, V)`` and log-probabilities of the actions ``(L, B, T, K)``."""
+    def states(self, source: Tensor, target: Tensor, trace: ActionTrace | None) -> Tensor:
+        """Top states of the decoder ``(B, T, M)``."""
+        memory, mask = self.encode(source)
+        x: Tensor = self.decoder(self.target(target), memory, memory_mask=mask, trace=trace)
+        return x
+
+    def actions(self, source: Tensor, decoder_input: Tensor) -> Tensor:
+        """Log-probabilities of the actions ``(L, B, T, K)``, without a look at the vocabulary."""
         trace = ActionTrace()
-        logits = self(source, decoder_input, trace)
-        return logits, trace.log_pi
+        self.states(source, decoder_input, trace)
+        return trace.log_pi
 
 
 class Encoding(NamedTuple):

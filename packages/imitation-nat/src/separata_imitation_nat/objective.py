@@ -21,7 +21,7 @@ from .actions import ActionTrace
 from .cmlm import mask_words
 from .config import ObjectiveConfig
 from .length import LengthHead, length_loss
-from .losses import imitation_loss, word_loss
+from .losses import imitation_loss, masked_mean, word_loss
 from .model import Demonstrator, Learner, LearnerOutput, MaskPredictor
 
 Step = Callable[[nn.Module, ParallelBatch], Loss]
@@ -47,7 +47,7 @@ def demonstrator_step(
         balance = network.balance(trace.log_pi, real)
         total = words + objective.balance * balance  # Eq. 11
         if trace.commitment is not None:
-            total = total + objective.commitment * trace.commitment[real].mean()
+            total = total + objective.commitment * masked_mean(trace.commitment, real)
         return _loss(total, real, nll=nll, balance=balance)
 
     return step
@@ -80,12 +80,12 @@ def learner_step(
         total, logged = words + objective.length * length, {"nll": nll, "length": length}
         if demonstrator is not None:
             with torch.no_grad():
-                _, log_pi = demonstrator.actions(batch.source, batch.decoder_input)
+                log_pi = demonstrator.actions(batch.source, batch.decoder_input)
             imitation = imitation_loss(log_pi, output.log_pi, real)
             total = total + objective.imitation * imitation  # Eq. 12
             logged["imitation"] = imitation
         if output.commitment is not None:
-            total = total + objective.commitment * output.commitment[real].mean()
+            total = total + objective.commitment * masked_mean(output.commitment, real)
         return _loss(total, real, **logged)
 
     return step
@@ -126,7 +126,8 @@ def validation(
     """What judges a model in training: the terms of ``step`` on a split.
 
     ``loss`` is the negative log-likelihood of the words alone, so that models trained with
-    different weights are chosen by the same number.
+    different weights are chosen by the same number. What ``step`` draws at random, such as the
+    words that mask-predict hides, is the same in every evaluation.
     """
 
     @torch.no_grad()
@@ -134,11 +135,13 @@ def validation(
         device = next(model.parameters()).device
         sums: dict[str, float] = {}
         count = 0.0
-        for batch in split.in_order(max_tokens):
-            loss = step(model, batch.to(device))
-            count += loss.count.item()
-            for name, value in loss.log.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            for batch in split.in_order(max_tokens):
+                loss = step(model, batch.to(device))
+                count += loss.count.item()
+                for name, value in loss.log.items():
+                    sums[name] = sums.get(name, 0.0) + value.item()
         means = {name: value / count for name, value in sums.items()}
         return {"loss": means.pop("nll"), **means}
 

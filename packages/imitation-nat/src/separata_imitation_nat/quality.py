@@ -156,14 +156,16 @@ def paired_bootstrap(
     """
     random = np.random.default_rng(seed)
     number = len(references)
-    picks = random.integers(number, size=(samples, number))
-    weights = np.stack([np.bincount(row, minlength=number) for row in picks])  # (R, N)
-    scores, values = {}, {}
-    for name, runs in systems.items():
-        statistics = np.stack([bleu_statistics(run, references) for run in runs])  # (S, N, 10)
-        values[name] = _mean_bleu(statistics.sum(axis=1))
-        resampled = (weights @ statistics).swapaxes(0, 1)  # (R, S, 10)
-        scores[name] = np.array([_mean_bleu(rows) for rows in resampled])
+    statistics = {
+        name: np.stack([bleu_statistics(run, references) for run in runs])  # (S, N, 10)
+        for name, runs in systems.items()
+    }
+    values = {name: _mean_bleu(rows.sum(axis=1)) for name, rows in statistics.items()}
+    scores = {name: np.empty(samples) for name in systems}
+    for sample in range(samples):
+        weights = np.bincount(random.integers(number, size=number), minlength=number)  # (N)
+        for name, rows in statistics.items():
+            scores[name][sample] = _mean_bleu(weights @ rows)
     results = {}
     for name, found in scores.items():
         difference = found - scores[baseline]

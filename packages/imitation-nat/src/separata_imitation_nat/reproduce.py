@@ -18,6 +18,7 @@ from .config import (
     StagesConfig,
 )
 from .evaluate import evaluate
+from .generate import open_run
 from .train import announce, earlier_stages
 from .train import train as train_learner
 
@@ -85,10 +86,15 @@ def prepare_once(data: DataConfig) -> None:
 
 
 def evaluate_once(run: Path, *, scorer: Path) -> dict[str, Any]:
-    """Scores of a run on the test part, made unless those of its best weights are there."""
+    """Scores of a run on the test part, made unless those of its best weights and scorer exist."""
     directory = Run(run)
     scores = read_json(directory.scores) if directory.scores.exists() else {}
-    wanted = {"split": "test", "weights": sha256(directory.best_weights())}
+    judge = open_run(run, scorer=scorer).scorer
+    wanted = {
+        "split": "test",
+        "weights": sha256(directory.best_weights()),
+        "scorer": judge and sha256(judge),
+    }
     if isinstance(scores, dict) and scores.items() >= wanted.items():
         print(f"{directory.scores}: evaluated")
         return scores

@@ -33,7 +33,7 @@ from .config import (
 )
 from .data import Corpus, with_distilled
 from .distill import distill
-from .generate import load_demonstrator, load_teacher
+from .generate import check_actions, check_vocabularies, load_demonstrator, load_teacher
 from .objective import demonstrator_step, learner_step, mask_predict_step, validation
 
 
@@ -77,9 +77,10 @@ def train_teacher(
     if distilled is not None:
         corpus = with_distilled(corpus, distilled, max_length=data.max_length)
         settings["distilled"] = str(distilled)
-        keep_inputs(run, {"distilled": distilled / "target.txt"})
-    torch.manual_seed(train.seed)
     settings["label_smoothing"] = label_smoothing
+    if distilled is not None:
+        keep_inputs(run, {"distilled": distilled / "target.txt"}, settings)
+    torch.manual_seed(train.seed)
     return fit_translation(build_teacher(model), corpus, settings=settings, run=run)
 
 
@@ -121,7 +122,7 @@ def train_demonstrator(
     settings |= {"objective": objective, "label_smoothing": label_smoothing}
     settings["stages"] = StagesConfig(targets=stages.targets)
     corpus, inputs = training_part(corpus, data, stages, distilled)
-    keep_inputs(run, inputs)
+    keep_inputs(run, inputs, settings)
     torch.manual_seed(train.seed)
     network = build_demonstrator(model)
     step = demonstrator_step(network, objective, label_smoothing)
@@ -196,17 +197,19 @@ def train(
     shown = None
     if demonstrator in needed:
         expert = load_demonstrator(demonstrator)
-        expert.target_vocabulary.check(corpus.target_vocabulary.fingerprint, demonstrator)
+        check_vocabularies(expert, corpus)
         inputs["demonstrator"] = expert.weights
-        shown = expert.network if imitates else None
+        if imitates:
+            check_actions(expert, settings["model"])
+            shown = expert.network
     if stages.initialise == "demonstrator":
         initialise(network, expert.network)
     elif stages.initialise == "teacher":
         trained = load_teacher(teacher)
-        trained.target_vocabulary.check(corpus.target_vocabulary.fingerprint, teacher)
+        check_vocabularies(trained, corpus)
         inputs["teacher"] = trained.weights
         initialise(network, trained.network)
-    keep_inputs(run, inputs)
+    keep_inputs(run, inputs, settings)
     step = learner_step(network, objective, label_smoothing, demonstrator=shown)
     return fit_translation(
         network,
@@ -259,7 +262,7 @@ def train_mask_predict(
     settings |= {"objective": objective, "label_smoothing": label_smoothing}
     settings |= {"stages": StagesConfig(targets=stages.targets), "iterations": iterations}
     corpus, inputs = training_part(corpus, data, stages, distilled)
-    keep_inputs(run, inputs)
+    keep_inputs(run, inputs, settings)
     torch.manual_seed(train.seed)
     network = build_mask_predictor(model)
     step = mask_predict_step(network, objective, label_smoothing)
@@ -274,7 +277,7 @@ def train_mask_predict(
 
 
 def earlier_stages(
-    settings: Mapping[str, Any], *, teacher: Path, distilled: Path, demonstrator: Path
+    settings: Mapping[str, Any], *, teacher: Path, distilled: Path, demonstrator: Path | None
 ) -> None:
     """Train the teacher, distill, and train the demonstrator, where that is not done yet.
 
@@ -285,7 +288,7 @@ def earlier_stages(
         settings: The groups of a configuration, ``stages`` and ``parallel`` among them.
         teacher: Run directory of the teacher.
         distilled: Directory of the distilled text.
-        demonstrator: Run directory of the demonstrator.
+        demonstrator: Run directory of the demonstrator; None where no learner follows.
 
     Raises:
         ValueError: What is there was made with other settings, or a stage failed.
@@ -293,17 +296,18 @@ def earlier_stages(
     stages: StagesConfig = settings["stages"]
     groups: dict[str, Any] = {n: settings[n] for n in ("model", "data", "train", "decode")}
     groups |= {"stages": stages, "label_smoothing": settings["label_smoothing"]}
-    asked = (stages.targets == "distilled", stages.initialise == "teacher")
-    if any(asked) or settings["parallel"].scorer == "teacher":
+    learning = "teacher" in (stages.initialise, settings["parallel"].scorer)
+    if stages.targets == "distilled" or (demonstrator is not None and learning):
         announce(teacher, "teacher")
         train_teacher(**groups, run=teacher)
     if stages.targets == "distilled":
         announce(distilled, "the teacher's translations")
         distill(teacher=teacher, output=distilled)
-    announce(demonstrator, "demonstrator")
-    train_demonstrator(
-        **groups, objective=settings["objective"], distilled=distilled, run=demonstrator
-    )
+    if demonstrator is not None:
+        announce(demonstrator, "demonstrator")
+        train_demonstrator(
+            **groups, objective=settings["objective"], distilled=distilled, run=demonstrator
+        )
 
 
 def announce(place: Path, stage: str) -> None:
@@ -326,14 +330,15 @@ def training_part(
     return corpus, {"distilled": distilled / "target.txt"}
 
 
-def keep_inputs(run: Path, inputs: Mapping[str, Path]) -> None:
+def keep_inputs(run: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """Write down the checksums of what earlier stages made, or compare them.
 
     A run knows what it was made from by content, so that it may be moved with its inputs.
 
     Raises:
-        ValueError: The run was begun with other files.
+        ValueError: The run was begun with other files, or with other settings.
     """
+    Run(run, settings).begin(write=False)  # another run's directory stays as it is
     path = run / "inputs.json"
     found = {name: sha256(file) for name, file in inputs.items()}
     if not Run(run).checkpoints.exists() or not path.exists():

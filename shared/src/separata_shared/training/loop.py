@@ -98,7 +98,8 @@ def fit(
         stream = BatchStream(batches, epoch=progress.epoch, index=progress.index)
         recorder.begin(progress)
         wrapped.train()
-        while progress.step < config.steps:
+        signum = 0
+        while progress.step < config.steps and not signum:
             update(progress, stream, recorder)
             due = partial(_due, progress.step, last=progress.step == config.steps)
             pause = due(config.log_every) or due(config.evaluate_every) or due(config.save_every)
@@ -118,10 +119,12 @@ def fit(
                     run.checkpoints, model, optimizer, progress, world, seed=config.seed
                 )
                 recorder.tidy(progress)
-            if signum and progress.step < config.steps:
-                raise Interrupted(
-                    f"stopped at step {progress.step}; the same command goes on from there", signum
-                )
+        # A signal in the last evaluation must end what would follow this run, too.
+        signum = signum or distributed.largest(max(signals, default=0), world, when=True)
+        if signum:
+            raise Interrupted(
+                f"stopped at step {progress.step}; the same command goes on from there", signum
+            )
         return recorder.result(progress)
 
 
