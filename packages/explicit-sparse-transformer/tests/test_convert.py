@@ -2,6 +2,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,32 @@ def test_a_model_without_attention_is_refused() -> None:
         make_sparse(nn.Linear(2, 2), 3)
     with pytest.raises(ValueError, match="nothing was attended"):
         measure_attention(translation_model("dense"), [], top_k=3, call=lambda m, b: None)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 2.5, True])
+def test_an_impossible_k_is_refused_before_anything_is_changed(top_k: Any) -> None:
+    for model in (translation_model("dense"), torch_encoder()):
+        before = str(model)
+        with pytest.raises(ValueError, match="top_k must be"):
+            make_sparse(model, top_k)
+        assert str(model) == before
+    with pytest.raises(ValueError, match="top_k must be"):
+        measured(top_k)
+
+
+def test_a_model_of_which_one_attention_cannot_become_sparse_stays_as_it_was() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)])
+    model.append(nn.MultiheadAttention(8, 2, add_zero_attn=True))
+    with pytest.raises(ValueError, match="add_zero_attn"):
+        make_sparse(model, 3)
+    assert all(isinstance(module, nn.MultiheadAttention) for module in model)
+
+
+def test_what_is_no_model_with_attention_inside_is_said() -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, not int"):
+        make_sparse(3, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"itself an nn\.MultiheadAttention.*from_dense"):
+        make_sparse(nn.MultiheadAttention(8, 2), 3)
 
 
 def measured(top_k: int) -> list[dict[str, float]]:

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -114,6 +115,74 @@ def test_a_single_sequence_equals_a_batch_of_one() -> None:
     torch.testing.assert_close(weights, expected_weights[0])
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0)])
+def test_nothing_to_attend_or_nobody_who_does_is_as_in_torch(
+    sizes: tuple[int, int, int], masked: bool, batch_first: bool
+) -> None:
+    dense, sparse = pair(2, batch_first=batch_first)
+    batch, target, source = sizes
+    shapes = [(batch, length, 8) for length in (target, source)]
+    if not batch_first:
+        shapes = [(length, batch, 8) for length in (target, source)]
+    query, key = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    mask = torch.zeros(batch * 2, target, source, dtype=torch.float64) if masked else None
+    for actual, expected in zip(
+        sparse(query, key, key, attn_mask=mask), dense(query, key, key, attn_mask=mask), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_inputs_that_do_not_belong_together_are_named() -> None:
+    module = TopKMultiheadAttention(8, 2, top_k=2, kdim=6, vdim=5, batch_first=True)
+    sizes = {"query": (2, 3, 8), "key": (2, 7, 6), "value": (2, 7, 5)}
+    wrong: list[tuple[dict[str, tuple[int, ...]], str]] = [
+        ({"key": (4, 7, 6), "value": (4, 7, 5)}, r"key \(4, 7, 6\) must have the batch of query"),
+        ({"value": (2, 6, 5)}, r"value \(2, 6, 5\) must have the batch and length of key"),
+        ({"value": (4, 7, 5)}, r"value \(4, 7, 5\) must have the batch and length of key"),
+        ({"query": (2, 3, 9)}, r"query must .* width 8, not \(2, 3, 9\)"),
+        ({"key": (2, 7, 8)}, r"key must .* width 6, not \(2, 7, 8\)"),
+        ({"value": (2, 7, 6)}, r"value must .* width 5, not \(2, 7, 6\)"),
+        ({"query": (8,)}, r"query must have 3 dimensions.* not \(8,\)"),
+        ({"query": (3, 8)}, r"key must have 3 dimensions, or all inputs 2.* not \(2, 7, 6\)"),
+        ({n: (1, *size) for n, size in sizes.items()}, r"query must .* not \(1, 2, 3, 8\)"),
+    ]
+    module(**{name: torch.randn(size) for name, size in sizes.items()})
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            module(**{name: torch.randn(size) for name, size in (sizes | change).items()})
+    module.batch_first = False
+    lengths = {"query": (3, 2, 8), "key": (7, 4, 6), "value": (7, 4, 5)}
+    with pytest.raises(ValueError, match=r"key .* dimension 1 with batch_first=False"):
+        module(**{name: torch.randn(size) for name, size in lengths.items()})
+
+
+def test_inputs_of_another_precision_or_kind_are_named() -> None:
+    module = TopKMultiheadAttention(8, 2, top_k=2, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(ValueError, match=r"key must be torch\.float32 .*, not torch\.float64"):
+        module(x, x.double(), x)
+    with pytest.raises(TypeError, match="value must be a tensor, not list"):
+        module(x, x, x.tolist())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x, x.bfloat16(), x)[0].dtype == torch.bfloat16
+
+
+def test_masks_that_do_not_fit_are_named() -> None:
+    module = TopKMultiheadAttention(8, 2, top_k=2, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    for name, sizes in {
+        "key_padding_mask": [(3,), (1, 3), (3, 3), (2, 4)],
+        "attn_mask": [(3,), (1, 3), (2, 3, 3), (8, 3, 3), (5, 3, 3), (1, 1, 3, 3)],
+    }.items():
+        for size in sizes:
+            with pytest.raises(ValueError, match=f"{name} must have the shape"):
+                module(x, x, x, **{name: torch.zeros(size, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"attn_mask must be boolean .* not torch\.int64"):
+        module(x, x, x, attn_mask=torch.zeros(3, 3, dtype=torch.long))
+
+
 def test_causal_flag_equals_the_causal_mask() -> None:
     _, sparse = pair(2, batch_first=True)
     x = torch.randn(2, 6, 8, dtype=torch.float64)
@@ -209,3 +278,29 @@ def test_what_is_not_offered_is_said() -> None:
         dense = nn.MultiheadAttention(8, 2, **{option: True})
         with pytest.raises(ValueError, match="add_bias_kv or add_zero_attn"):
             TopKMultiheadAttention.from_dense(dense, top_k=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 0}, "num_heads must be an integer of at least 1, not 0"),
+        ({"num_heads": 2.0}, r"num_heads must be an integer of at least 1, not 2\.0"),
+        ({"embed_dim": 0}, "embed_dim must be .* not 0"),
+        ({"kdim": -1}, "kdim must be .* not -1"),
+        ({"top_k": 0}, "top_k must be at least 1, not 0"),
+        ({"top_k": 2.5}, r"top_k must be an integer .* not 2\.5"),
+        ({"top_k": True}, "top_k must be an integer .* not True"),
+        ({"ties": "lose"}, "ties must be 'keep' or 'exact', not 'lose'"),
+        ({"min_keys": 0}, "min_keys must be .* not 0"),
+        ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, not 1\.0"),
+        ({"dropout": -0.1}, r"dropout must be .* not -0\.1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_when_it_is_made(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TopKMultiheadAttention(**{"embed_dim": 8, "num_heads": 2, "top_k": 2} | change)
+    for ratio in (0, -1.0, math.nan, "2"):
+        with pytest.raises(ValueError, match="ratio must be a positive number"):
+            TopKMultiheadAttention(8, 2, ratio=ratio)  # type: ignore[arg-type]

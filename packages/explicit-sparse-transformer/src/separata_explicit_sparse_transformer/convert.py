@@ -25,7 +25,7 @@ from .config import AttentionConfig, Site
 from .data import ParallelBatch, load
 from .generate import TrainedModel, load_run
 from .model import TopKAttention, sparse_attentions
-from .multihead import TopKMultiheadAttention
+from .multihead import TopKMultiheadAttention, check_selection
 
 Batch = TypeVar("Batch")
 Row = dict[str, Any]
@@ -50,25 +50,40 @@ def make_sparse(
         Names of the modules that became sparse.
 
     Raises:
-        ValueError: There is no attention to change.
+        ValueError: There is no attention to change, one cannot become sparse, or ``top_k`` is no
+            number of keys; the model is as it was.
+        TypeError: ``model`` is no module.
     """
-    changed = []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.TransformerEncoder):
-            # Its fused path hands nested tensors to the layers, which only torch's attention reads.
-            module.use_nested_tensor = False
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    check_selection({"top_k": top_k})
+    if isinstance(model, nn.MultiheadAttention):
+        raise ValueError(
+            "a model that is itself an nn.MultiheadAttention cannot be changed in place; make "
+            "another with TopKMultiheadAttention.from_dense"
+        )
+    # All are made before the first takes its place: one that cannot be made leaves the model whole.
+    replacements: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
         if not chosen(name):
             continue
         if isinstance(module, MultiHeadAttention):
-            module.replace_attend(TopKAttention(top_k))
+            replacements[name] = TopKAttention(top_k)
         elif isinstance(module, nn.MultiheadAttention):
-            model.set_submodule(name, TopKMultiheadAttention.from_dense(module, top_k=top_k))
-        else:
-            continue
-        changed.append(name)
-    if not changed:
+            replacements[name] = TopKMultiheadAttention.from_dense(module, top_k=top_k)
+    if not replacements:
         raise ValueError("the model has no attention that could become sparse")
-    return changed
+    for name, replacement in replacements.items():
+        module = model.get_submodule(name)
+        if isinstance(module, MultiHeadAttention):
+            module.replace_attend(replacement)
+        else:
+            model.set_submodule(name, replacement)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            # Its fused path hands nested tensors to the layers, which only torch's attention reads.
+            module.use_nested_tensor = False
+    return list(replacements)
 
 
 @torch.no_grad()
@@ -96,8 +111,9 @@ def measure_attention(
         (keys with weight), ``entropy`` and ``entropy_dense`` (nats).
 
     Raises:
-        ValueError: Nothing was attended.
+        ValueError: Nothing was attended, or ``top_k`` is no number of keys.
     """
+    check_selection({"top_k": top_k})
     sums: dict[str, Tensor] = {}
     with _recorded(model) as weights:
         for batch in batches:

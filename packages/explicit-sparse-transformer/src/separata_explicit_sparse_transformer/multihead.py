@@ -9,6 +9,7 @@ from typing import Literal, TypedDict, Unpack
 import torch
 import torch.nn.functional as F
 from separata_shared.attention import topk_attention
+from separata_shared.attention.topk.api import check_top_k
 from torch import Tensor, nn
 
 
@@ -43,8 +44,8 @@ class TopKMultiheadAttention(nn.Module):
             attribute ``selection``, which may be changed between calls.
 
     Raises:
-        ValueError: The heads do not divide the width, or neither or both of ``top_k`` and
-            ``ratio`` are given.
+        ValueError: The heads do not divide the width, a number is out of range, or neither or both
+            of ``top_k`` and ``ratio`` are given.
         TypeError: An argument is unknown or not offered.
     """
 
@@ -69,8 +70,13 @@ class TopKMultiheadAttention(nn.Module):
         super().__init__()
         if unknown := sorted(set(selection) - SelectionOptions.__optional_keys__):
             raise TypeError(f"TopKMultiheadAttention does not offer {', '.join(unknown)}")
-        if ("top_k" in selection) == ("ratio" in selection):
-            raise ValueError("exactly one of top_k and ratio must be given")
+        check_selection(selection)
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
+        for name, size in sizes.items():
+            if size is not None:
+                _check_at_least_one(name, size)
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
         if embed_dim % num_heads:
             raise ValueError(f"num_heads ({num_heads}) must divide embed_dim ({embed_dim})")
         self.embed_dim = embed_dim
@@ -167,17 +173,24 @@ class TopKMultiheadAttention(nn.Module):
 
         Returns:
             Output ``(B, T, M)``, and weights ``(B, T, S)`` or ``(B, H, T, S)`` or None.
+
+        Raises:
+            ValueError: An input or a mask has another shape or precision; the message names it.
+            TypeError: An input is no tensor.
         """
+        self._check_inputs(query, key, value)
         single = query.dim() == 2
         if single:
             query, key, value = (x[None] for x in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        _check_masks(key_padding_mask, attn_mask, query, key, self.num_heads)
         mask, bias = self._mask_and_bias(key_padding_mask, attn_mask)
-        heads = (*query.shape[:1], -1, self.num_heads, self.head_dim)
+        heads = (self.num_heads, self.head_dim)
+        projected = self._project(query, key, value)
         attended = topk_attention(
-            *(x.reshape(heads).transpose(1, 2) for x in self._project(query, key, value)),
+            *(x.reshape(*x.shape[:2], *heads).transpose(1, 2) for x in projected),
             mask=mask,
             bias=bias,
             causal=is_causal and attn_mask is None,
@@ -199,6 +212,32 @@ class TopKMultiheadAttention(nn.Module):
         options = ", ".join(f"{name}={value}" for name, value in self.selection.items())
         return f"{self.embed_dim}, {self.num_heads}, {options}"
 
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Refuse what would end in the projections, or let sentences read one another."""
+        inputs = {"query": (query, self.embed_dim), "key": (key, self.kdim)}
+        for name, (x, width) in (inputs | {"value": (value, self.vdim)}).items():
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+            if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
+                raise ValueError(
+                    f"{name} must have 3 dimensions, or all inputs 2 for a single sequence, and "
+                    f"the width {width}, not {tuple(x.shape)}"
+                )
+            dtype = self.out_proj.weight.dtype  # autocast casts to one precision itself
+            if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(f"{name} must be {dtype} as the parameters are, not {x.dtype}")
+        if value.shape[:-1] != key.shape[:-1]:
+            raise ValueError(
+                f"value {tuple(value.shape)} must have the batch and length of key "
+                f"{tuple(key.shape)}"
+            )
+        place = 0 if self.batch_first else 1
+        if query.dim() == 3 and key.shape[place] != query.shape[place]:
+            raise ValueError(
+                f"key {tuple(key.shape)} must have the batch of query {tuple(query.shape)}, "
+                f"which is dimension {place} with batch_first={self.batch_first}"
+            )
+
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         if self.in_proj_weight is not None:
             weights = list(self.in_proj_weight.chunk(3))
@@ -215,7 +254,9 @@ class TopKMultiheadAttention(nn.Module):
         mask: Tensor | None = None
         bias: Tensor | None = None
         if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = attn_mask.view(-1, self.num_heads, *attn_mask.shape[1:])
+            # Not -1 for the batch, which would be anything where there are no sentences.
+            batch = attn_mask.shape[0] // self.num_heads
+            attn_mask = attn_mask.view(batch, self.num_heads, *attn_mask.shape[1:])
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask[:, None, None, :]
         for given in (attn_mask, key_padding_mask):
@@ -226,6 +267,49 @@ class TopKMultiheadAttention(nn.Module):
             else:
                 bias = given if bias is None else bias + given
         return mask, bias
+
+
+def _check_at_least_one(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+
+
+def check_selection(selection: SelectionOptions) -> None:
+    """Refuse, when a module is made, what each of its calls would refuse.
+
+    Raises:
+        ValueError: An option is out of range; the message names it.
+    """
+    if ("top_k" in selection) == ("ratio" in selection):
+        raise ValueError("exactly one of top_k and ratio must be given")
+    top_k, ratio = selection.get("top_k", 1), selection.get("ratio", 1.0)
+    if not isinstance(top_k, Tensor):  # whether a tensor fits depends on the inputs
+        check_top_k(top_k, (1, 1, 1))
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not ratio > 0:
+        raise ValueError(f"ratio must be a positive number, not {ratio!r}")
+    _check_at_least_one("min_keys", selection.get("min_keys", 1))
+    if (ties := selection.get("ties", "keep")) not in ("keep", "exact"):
+        raise ValueError(f"ties must be 'keep' or 'exact', not {ties!r}")
+
+
+def _check_masks(
+    padding: Tensor | None, hidden: Tensor | None, query: Tensor, key: Tensor, num_heads: int
+) -> None:
+    """Refuse a mask that would be broadcast; query and key begin with the batch."""
+    batch, target, source = query.shape[0], query.shape[1], key.shape[1]
+    shapes: list[tuple[int, ...]] = [(target, source), (batch * num_heads, target, source)]
+    masks = (("key_padding_mask", padding, [(batch, source)]), ("attn_mask", hidden, shapes))
+    for name, mask, allowed in masks:
+        if mask is None:
+            continue
+        if mask.shape not in allowed:
+            listed = " or ".join(map(str, allowed))
+            raise ValueError(f"{name} must have the shape {listed}, not {tuple(mask.shape)}")
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(
+                f"{name} must be boolean (True = masked) or floating (added to the scores), "
+                f"not {mask.dtype}"
+            )
 
 
 def from_fairseq_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
