@@ -1,5 +1,6 @@
 """Talking: whatever a person types gets an answer, and nothing is recommended twice."""
 
+import io
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from separata_kbrd.chat import lines_of, talk
+from separata_kbrd.chat import NOT_TEXT, lines_of, read_line, talk
 from separata_kbrd.conversation import Conversation
 from separata_kbrd.generate import respond_to_lines
 from separata_kbrd.graph import Catalogue
@@ -184,6 +185,17 @@ def test_ctrl_d_and_ctrl_c_end_the_conversation(system: System) -> None:
         )
         assert shown[-1] == "\nBye."
         assert any(line.startswith("bot: ") for line in shown)
+
+
+def test_a_line_that_is_no_text_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(b"r\xeave\nr\xc3\xaave\r\n\xff"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stream)
+    assert read_line() == "r\u00eave"
+    assert capsys.readouterr().out == f"you: {NOT_TEXT}\nyou: "
+    assert read_line() is None
+    assert NOT_TEXT in capsys.readouterr().out
 
 
 def test_the_program_survives_bytes_that_are_no_text_and_ctrl_c(talking_run: Path) -> None:

@@ -8,6 +8,7 @@ from .conversation import Conversation, Turn
 from .system import load_system
 
 GREETING = "Tell me what you like; I recommend something. Ctrl-D ends."
+NOT_TEXT = "bot: That line is not valid UTF-8, so I left it out. Please type it again."
 
 
 def chat(
@@ -34,11 +35,18 @@ def chat(
 
 
 def read_line() -> str | None:
-    """A line of standard input; None at its end. Bytes that are no text become signs for that."""
-    sys.stdout.write("you: ")
-    sys.stdout.flush()
-    line = sys.stdin.buffer.readline()
-    return line.decode("utf-8", errors="replace").rstrip("\r\n") if line else None
+    """A line of standard input; None at its end.
+
+    A line that is not valid UTF-8 is asked for again: half of it would be another message.
+    """
+    while True:
+        sys.stdout.write("you: ")
+        sys.stdout.flush()
+        line = sys.stdin.buffer.readline()
+        try:
+            return line.decode("utf-8").rstrip("\r\n") if line else None
+        except UnicodeDecodeError:
+            print(NOT_TEXT)
 
 
 def talk(
