@@ -8,6 +8,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +134,27 @@ class TestRefusal:
     ) -> None:
         with pytest.raises(ValueError, match=f"^{name}: must be"):
             bench(**(OPTIONS | {name: value}), output=tmp_path / "bench.csv")
+
+    @pytest.mark.usefixtures("stand")
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("source_length", 65), ("target_length", 64), ("rescoring_lengths", [10, 64]),
+            ("large_batch_gib", math.inf),
+        ],
+    )  # fmt: skip
+    def test_what_would_fail_later_is_found_before_anything_is_timed(
+        self, name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            bench(**(OPTIONS | {name: value}), output=tmp_path / "bench.csv")
+        assert capsys.readouterr().out == ""
+
+    def test_an_output_that_cannot_be_one_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"^output: .*bench\.json is where the JSON file goes"):
+            bench(**OPTIONS, output=tmp_path / "bench.json")
+        with pytest.raises(ValueError, match=r"^output: .* is a directory"):
+            bench(**OPTIONS, output=tmp_path)
 
 
 @pytest.fixture(scope="module")

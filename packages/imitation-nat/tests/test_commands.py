@@ -63,7 +63,10 @@ def test_evaluate_prints_what_the_protocol_wants(command: Command, runs: Path) -
         for form in ("raw", "collapsed"):
             for name in ("bleu_detokenised", "bleu_tokenised"):
                 assert "nrefs:1" in found[form][name]["signature"]
-        assert found["raw"]["repeated_tokens"]["unit"] == "percent"
+        repeated = found["raw"]["repeated_tokens"]
+        assert repeated["unit"] == "percent"
+        text = (runs / f"learner/scores.{mode}.txt").read_text()
+        assert repeated["n"] == len(text.split())  # of words alone, without end marks
         assert sum(score["n"] for score in found["bleu_by_source_length"].values()) == 15
         assert len((runs / f"learner/scores.{mode}.txt").read_text().splitlines()) == 15
     assert scores["length"]["exact"]["value"] <= scores["length"]["within 4"]["value"]
@@ -108,6 +111,32 @@ def test_one_length_needs_no_scorer(command: Command, runs: Path) -> None:
     run = ("--run", "runs/small/learner", "--scorer", "runs/small/teacher")
     assert command("translate", *run, "--radius", 0, stdin=b"s1 s2\n").output.count("\n") == 1
     command("translate", *run, stdin=b"s1 s2\n").refused("runs/small/teacher: not a run directory")
+
+
+def test_a_window_that_nobody_chooses_in_is_refused(command: Command, runs: Path) -> None:
+    command("translate", "--run", "runs/small/teacher", "--radius", 1).refused("radius", "teacher")
+    config = runs / "learner/config.yaml"
+    config.write_text(config.read_text().replace("scorer: teacher", "scorer: none"))
+    words = ("radius", "parallel.scorer none")
+    command("translate", "--run", "runs/small/learner", "--radius", 1).refused(*words)
+
+
+def test_an_exchanged_output_is_refused_before_anything_is_written(
+    command: Command, runs: Path
+) -> None:
+    places = ("--run", "runs/small/learner", "--demonstrator", "runs/small/demonstrator")
+    command("explain", *places, "--output", "actions.png").refused("output", "actions.png")
+    assert not Path("actions.png").exists()
+
+
+def test_lower_cased_models_score_lower_cased_lines(command: Command, runs: Path) -> None:
+    config = runs / "teacher/config.yaml"
+    config.write_text(config.read_text().replace("lowercase: false", "lowercase: true"))
+    Path("source.txt").write_text("s1 s2\nS1 S2\n")
+    Path("target.txt").write_text("t1 t2\nT1 T2\n")
+    files = ("--source", "source.txt", "--target", "target.txt")
+    first, second = command("score", "--run", "runs/small/teacher", *files).output.split()
+    assert first == second
 
 
 def test_a_clean_translation_repeats_no_word(command: Command, runs: Path) -> None:

@@ -150,6 +150,16 @@ def test_the_running_mean_is_that_of_all_processes(tmp_path: Path) -> None:
     assert_close(found[0], alone.c)
 
 
+@properties
+@given(drawn=actions())
+def test_the_target_is_the_square_of_the_distribution_over_its_frequency(drawn) -> None:
+    log_pi, _ = drawn
+    frequency = log_pi.exp().mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    weights = log_pi.exp() ** 2 / frequency
+    expected = weights / weights.sum(dim=-1, keepdim=True)
+    assert_close(sharpened(log_pi, frequency).exp(), expected)
+
+
 def one_process(rank: int, folder: Path, log_pi: Tensor, mask: Tensor, answers) -> None:
     """See one of the two sentences."""
     torch.set_num_threads(1)

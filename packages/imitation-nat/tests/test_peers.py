@@ -203,6 +203,31 @@ def test_counts_and_sums_are_moving_averages_and_entries_their_quotient(
     assert_close(book.A, total / smoothed[:, None])
 
 
+def test_a_codebook_follows_the_states_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    z = torch.randn(2, 5, 3)
+    together, alone = EMACodebook(4, 3), EMACodebook(4, 3)
+    alone.load_state_dict(together.state_dict())
+    together(z)
+    # What another process would add: the counts and sums of the second half.
+    other = EMACodebook(4, 3)
+    other.load_state_dict(alone.state_dict())
+    index = other(z[1])[1]
+    one_hot = torch.nn.functional.one_hot(index, 4).float()
+    sums = iter([one_hot.sum(dim=0), one_hot.mT @ z[1]])
+    monkeypatch.setattr("separata_imitation_nat.codebook.add_up", lambda own: own.add_(next(sums)))
+    alone(z[0])
+    assert_close(alone.state_dict(), together.state_dict())
+
+
+def test_the_nearest_entry_is_found_in_float32_under_autocast() -> None:
+    torch.manual_seed(1)
+    book, z = EMACodebook(64, 16).eval(), torch.randn(500, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, index, _ = book(z)
+    assert torch.equal(index, book(z)[1])
+
+
 def test_the_gradient_passes_straight_through_and_commitment_pulls_to_the_entry() -> None:
     book = EMACodebook(3, 2).eval()
     z = torch.randn(4, 2, requires_grad=True)
