@@ -10,13 +10,12 @@ from torch import nn
 from .norms import (
     AdaNorm,
     ClippedLayerNorm,
-    Convention,
     DetachNorm,
     GradNorm,
-    Impl,
     LayerNormSimple,
     NoNorm,
 )
+from .options import Convention, Impl
 
 NormKind = Literal[
     "layer_norm",

@@ -23,6 +23,16 @@ _NORM_CLASS = re.compile(r"(layer|rms)_?norm", re.IGNORECASE)
 _BEFORE_THE_LAYERS = re.compile(r"emb|pre")
 
 
+def check_model(model: nn.Module) -> None:
+    """Check that something can have norms.
+
+    Raises:
+        TypeError: It is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+
+
 def norm_modules(model: nn.Module) -> dict[str, list[str]]:
     """Names of everything that looks like a norm over the last dimension.
 
@@ -31,7 +41,11 @@ def norm_modules(model: nn.Module) -> dict[str, list[str]]:
 
     Returns:
         First name of each module to all its names.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    check_model(model)
     found: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         known = isinstance(module, (nn.LayerNorm, *OURS))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .find import layer_norms, normalised
+from .find import check_model, layer_norms, normalised
 from .text import table
 
 
@@ -126,6 +126,7 @@ def _watched(model: nn.Module, see: Callable[[str, nn.Module, Tensor], None]) ->
     def hook(name: str, norm: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
         see(name, norm, [*inputs, *named.values()][0])
 
+    check_model(model)
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoder):

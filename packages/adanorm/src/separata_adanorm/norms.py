@@ -18,9 +18,7 @@ precision are computed in float32 and the result has the precision of the input,
 The derivative of a gradient is that of the graph with what is detached held constant.
 """
 
-import functools
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +26,20 @@ from torch.nn import functional as F
 
 from . import fused
 from . import reference as spelled_out
-from .options import Options, Shape, as_tuple, check_eps, check_input, check_shape
-
-Convention = Literal["official", "torch"]
-"""``official``: authors' code, ``torch``: paper and ``nn.LayerNorm``; see Eq. 2."""
-
-Impl = Literal["auto", "reference", "eager", "native", "triton"]
-"""``auto`` is ``native`` on a CPU, ``triton`` on a GPU, ``eager`` where these cannot run; within
-``torch.func`` it is ``reference``, the only one that can be transformed."""
+from .options import (
+    Convention,
+    Impl,
+    Shape,
+    as_tuple,
+    check_eps,
+    check_input,
+    check_numbers,
+    check_parameters,
+    check_shape,
+    check_tensors,
+    kept_options,
+    make_options,
+)
 
 
 def ada_norm(
@@ -56,7 +60,7 @@ def ada_norm(
 
     Args:
         x: ``(..., H)``, any rank.
-        C: Mean of the scaling of a row.
+        C: Mean of the scaling of a row; a number, for it gets no gradient.
         k: Slope of the scaling.
         eps: Keeps the division finite.
         convention: Which standard deviation, see Eq. 2.
@@ -65,6 +69,10 @@ def ada_norm(
 
     Returns:
         As ``x``.
+
+    Raises:
+        ValueError: A size or a constant is none that the norm can have; the message names it.
+        TypeError: A constant is no number, or ``x`` is no tensor.
     """
     return _norm(x, None, normalized_shape, C, k, eps, convention, impl)[0]
 
@@ -150,6 +158,7 @@ def add_ada_norm(
     Returns:
         The sum and the norm of it, each as ``x``.
     """
+    check_tensors(residual=residual)
     normed, total = _norm(x, residual, normalized_shape, C, k, eps, convention, impl)
     assert total is not None
     return total, normed
@@ -165,6 +174,7 @@ def add_layer_norm_simple(
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``x + residual`` and its LayerNorm-simple; arguments and results as in ``add_ada_norm``."""
+    check_tensors(residual=residual)
     normed, total = _norm(x, residual, normalized_shape, 1.0, 0.0, eps, convention, impl)
     assert total is not None
     return total, normed
@@ -195,9 +205,11 @@ def clipped_layer_norm(
     Returns:
         ``(..., H)``.
     """
+    check_tensors(x=x)
     sizes = x.shape[-1:] if normalized_shape is None else normalized_shape
     shape = _check_clipped(sizes, eps, fraction)
     check_input(x, shape)
+    check_parameters(shape, weight=weight, bias=bias)
     width = math.prod(shape)
     rows = x.reshape(-1, width)
     count = max(int(width * fraction), 1)
@@ -219,8 +231,12 @@ def _norm(
     detach: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor | None]:
     """Norm and, with a residual, sum; ``detach`` says whether mean and deviation are constants."""
+    check_tensors(x=x)
     sizes = tuple(x.shape[-1:]) if shape is None else as_tuple(shape)
-    make = _options if torch.compiler.is_dynamo_compiling() else _kept_options
+    if not type(C) is type(k) is type(eps) is float:
+        # What is kept is looked up by its hash: that of a tensor is not that of its value.
+        check_numbers(C=C, k=k, eps=eps)
+    make = make_options if torch.compiler.is_dynamo_compiling() else kept_options
     options = make(sizes, C, k, eps, convention, impl, detach)
     check_input(x, sizes)
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
@@ -234,40 +250,18 @@ def _norm(
     return fused.apply(x, residual, options)
 
 
-def _options(
-    sizes: tuple[int, ...],
-    C: float,
-    k: float,
-    eps: float,
-    convention: Convention,
-    impl: Impl,
-    detach: tuple[bool, bool],
-) -> Options:
-    check_shape(sizes, convention)
-    check_eps(eps)
-    for name, value in (("C", C), ("k", k)):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, but is {value}")
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, not {impl!r}")
-    official = convention == "official"
-    return Options(math.prod(sizes), float(C), float(k), float(eps), official, *detach, impl)
-
-
-# The norm of few rows takes no longer than these checks do; Dynamo warns of a cache.
-_kept_options = functools.lru_cache(_options)
-
-
 def _check(
     shape: Shape, eps: float, convention: Convention, impl: Impl, C: float = 1.0, k: float = 0.0
 ) -> tuple[int, ...]:
     """The sizes of a module; what its forward would refuse is refused when it is made."""
     sizes = as_tuple(shape)
-    _options(sizes, C, k, eps, convention, impl, (False, False))
+    check_numbers(C=C, k=k, eps=eps)
+    make_options(sizes, C, k, eps, convention, impl, (False, False))
     return sizes
 
 
 def _check_clipped(shape: Shape, eps: float, fraction: float) -> tuple[int, ...]:
+    check_numbers(eps=eps, fraction=fraction)
     if not 0.0 <= fraction <= 0.5:
         raise ValueError(f"fraction must lie between 0 and 0.5, not {fraction}")
     check_eps(eps)
@@ -285,6 +279,7 @@ class LayerNormSimple(nn.Module):
 
     Raises:
         ValueError: A size or a constant is none that the norm can have.
+        TypeError: A constant is no number.
     """
 
     def __init__(
@@ -324,6 +319,7 @@ class DetachNorm(nn.Module):
 
     Raises:
         ValueError: A size or a constant is none that the norm can have.
+        TypeError: A constant is no number.
     """
 
     def __init__(
@@ -369,6 +365,7 @@ class AdaNorm(nn.Module):
 
     Raises:
         ValueError: A size or a constant is none that the norm can have.
+        TypeError: A constant is no number.
     """
 
     def __init__(
@@ -411,6 +408,7 @@ class GradNorm(nn.Module):
 
     Raises:
         ValueError: A size or a constant is none that the norm can have.
+        TypeError: A constant is no number.
     """
 
     def __init__(

@@ -1,14 +1,25 @@
 """What a norm is, and over which dimensions it goes."""
 
+import functools
+import math
 from collections.abc import Iterable
+from numbers import Real
 from operator import index
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 Shape = int | tuple[int, ...] | list[int] | torch.Size
 """Sizes of the last dimensions."""
+
+
+Convention = Literal["official", "torch"]
+"""``official``: authors' code, ``torch``: paper and ``nn.LayerNorm``; see Eq. 2 in ``norms``."""
+
+Impl = Literal["auto", "reference", "eager", "native", "triton"]
+"""``auto`` is ``native`` on a CPU, ``triton`` on a GPU, ``eager`` where these cannot run; within
+``torch.func`` it is ``reference``, the only one that can be transformed."""
 
 
 class Options(NamedTuple):
@@ -37,6 +48,35 @@ class Options(NamedTuple):
 
     impl: str
     """Name of the implementation."""
+
+
+def make_options(
+    sizes: tuple[int, ...],
+    C: float,
+    k: float,
+    eps: float,
+    convention: Convention,
+    impl: Impl,
+    detach: tuple[bool, bool],
+) -> Options:
+    """What a norm is, checked, save for what ``check_numbers`` does.
+
+    Raises:
+        ValueError: A size, a constant or a name is none that a norm can have.
+    """
+    check_shape(sizes, convention)
+    check_eps(eps)
+    for name, value in (("C", C), ("k", k)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, but is {value}")
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, not {impl!r}")
+    official = convention == "official"
+    return Options(math.prod(sizes), float(C), float(k), float(eps), official, *detach, impl)
+
+
+# The norm of few rows takes no longer than these checks do; Dynamo warns of a cache.
+kept_options = functools.lru_cache(make_options)
 
 
 def as_tuple(shape: Shape) -> tuple[int, ...]:
@@ -72,6 +112,22 @@ def check_shape(shape: Shape, convention: str) -> tuple[int, ...]:
     return sizes
 
 
+def check_numbers(**constants: float) -> None:
+    """Check that constants are numbers.
+
+    A tensor would be read once, and a parameter would never learn.
+
+    Raises:
+        TypeError: One is not; the message names it.
+    """
+    for name, value in constants.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(
+                f"{name} must be a Python number, not {type(value).__name__}: it is a constant, "
+                f"without a gradient; give float({name})"
+            )
+
+
 def check_eps(eps: float) -> None:
     """Check what keeps the division finite.
 
@@ -80,6 +136,34 @@ def check_eps(eps: float) -> None:
     """
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, but is {eps}")
+
+
+def check_tensors(**inputs: Tensor) -> None:
+    """Check that inputs are tensors.
+
+    Raises:
+        TypeError: One is not; the message names it.
+    """
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+
+
+def check_parameters(sizes: tuple[int, ...], **parameters: Tensor | None) -> None:
+    """Check gain and bias, if there are any, against the normalised dimensions.
+
+    Raises:
+        ValueError: One has another shape; the message names it.
+        TypeError: One is no tensor.
+    """
+    for name, value in parameters.items():
+        if value is None:
+            continue
+        check_tensors(**{name: value})
+        if value.shape != sizes:
+            raise ValueError(
+                f"{name} must have the shape normalized_shape {sizes}, not {tuple(value.shape)}"
+            )
 
 
 def check_input(x: Tensor, sizes: tuple[int, ...]) -> None:

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from .build import norm_factory
-from .find import OURS, affine_of, epsilon_of, is_final, norm_modules, objection, shape_of
+from .find import (
+    OURS,
+    affine_of,
+    check_model,
+    epsilon_of,
+    is_final,
+    norm_modules,
+    objection,
+    shape_of,
+)
 from .fold import Affine, Consumers, Folder, LinearMap
-from .norms import Convention
+from .options import Convention
 from .text import table
 
 Scope = Literal["all", "final_only"]
@@ -107,7 +116,9 @@ def replace_norms(
         ValueError: Nothing is found, a norm is of another sort, a trained gain would be lost, or
             there is no such scope or use of gains; the message names the modules or the argument,
             and the model is as it was.
+        TypeError: ``model`` is no module.
     """
+    check_model(model)
     _check_choice("scope", scope, Scope)
     _check_choice("gains", gains, Gains)
     if not list(model.children()):
@@ -154,7 +165,9 @@ def load_layer_norm_checkpoint(
     Raises:
         ValueError: A trained gain would be lost, or the checkpoint is of another model; the message
             names the keys, and the model is as it was.
+        TypeError: ``model`` is no module.
     """
+    check_model(model)
     _check_choice("gains", gains, Gains)
     norms = {
         name: Affine(state.get(f"{name}.weight"), state.get(f"{name}.bias"))
