@@ -352,3 +352,15 @@ def test_default_paths_are_named_after_the_configuration(command: Command) -> No
     assert command("train", "--config", "large") == 0
     assert command("train", "--config", "large", "--run", "here") == 0
     assert [call["run"] for call in calls] == [Path("runs/large"), Path("here")]
+
+
+def test_the_configuration_of_a_run_stands_for_its_directory_from_everywhere(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs/mine"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("{}")
+    assert command("train", "--config", str(run / "config.yaml")) == 0
+    monkeypatch.chdir(run)
+    assert command("train", "--config", "config.yaml") == 0
+    assert [call["run"] for call in calls] == [Path("runs/mine")] * 2

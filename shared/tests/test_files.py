@@ -59,7 +59,7 @@ def test_full_disk_keeps_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="\n\r", codec="utf-8")), min_size=2))
+@given(st.lists(st.text(st.characters(exclude_characters="\n\r\ufeff", codec="utf-8")), min_size=2))
 def test_lines_are_separated_by_line_feeds_alone(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str]
 ) -> None:
@@ -67,6 +67,12 @@ def test_lines_are_separated_by_line_feeds_alone(
     path = tmp_path_factory.mktemp("lines") / "file"
     write_text(path, "".join(line + "\n" for line in lines))
     assert read_lines(path) == lines
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n")
+    assert read_lines(path) == ["one", "\ufefftwo"]  # only at the beginning is it a mark
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

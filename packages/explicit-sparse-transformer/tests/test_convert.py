@@ -20,7 +20,7 @@ from separata_explicit_sparse_transformer.generate import load_run
 from separata_explicit_sparse_transformer.model import ExplicitSparseTransformer, sparse_attentions
 from separata_explicit_sparse_transformer.train import train
 from separata_shared.nn import record_attention
-from separata_shared.training import TrainConfig
+from separata_shared.training import Run, TrainConfig
 from separata_shared.training.average import average_checkpoints
 from torch import Tensor, nn
 
@@ -243,6 +243,14 @@ def test_averaged_weights_can_be_converted(dense_run: Path, tmp_path: Path) -> N
     average = average_checkpoints(run=dense_run, last=2)
     convert(run=dense_run, output=tmp_path / "sparse", top_k=2, weights=average, batches=1)
     assert load_run(tmp_path / "sparse").weights.read_bytes() == average.read_bytes()
+
+
+def test_averaged_weights_replace_none_of_a_step(dense_run: Path) -> None:
+    output = Run(dense_run).weight_files()[-1]
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match=r"^output: .*\.safetensors holds the weights of a step"):
+        average_checkpoints(run=dense_run, last=2, output=output)
+    assert output.read_bytes() == before
 
 
 def test_what_cannot_be_converted_is_refused(dense_run: Path, tmp_path: Path) -> None:

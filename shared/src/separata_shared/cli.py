@@ -214,7 +214,7 @@ def _places(function: Callable[..., object], path: Path | None) -> dict[str, str
     """
     if path is None:
         return {}
-    name = path.parent.name if path.name == "config.yaml" else path.stem
+    name = path.resolve().parent.name if path.name == "config.yaml" else path.stem
     return {
         key: str(parameter.default).replace("tiny", name)
         for key, parameter in inspect.signature(function).parameters.items()

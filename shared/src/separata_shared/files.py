@@ -88,14 +88,14 @@ def read_bytes(path: Path | str) -> bytes:
 
 
 def read_text(path: Path | str) -> str:
-    """Read a UTF-8 text file, decompressed as ``read_bytes`` does.
+    """Read a UTF-8 text file, decompressed as ``read_bytes`` does, without a byte order mark.
 
     Raises:
         ValueError: The file cannot be read or is not valid UTF-8; the message names it.
     """
     raw = read_bytes(path)
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}: line {line} is not valid UTF-8") from None

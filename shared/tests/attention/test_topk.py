@@ -421,7 +421,7 @@ def test_second_derivatives_are_refused(impl: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", ["eager", "blocked", "native"])
+@pytest.mark.parametrize("impl", ["auto", "eager", "blocked", "native"])
 def test_compiled_equals_eager(results_of: Callable[..., list[Tensor]], impl: str) -> None:
     query, key, value = (normal(1, 2, 40, 8, seed=seed) for seed in range(3))
     inputs = AttentionInputs(query, key, value, 3, None, None, True)

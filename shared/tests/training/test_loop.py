@@ -322,6 +322,31 @@ def test_a_finished_run_is_left_alone(toy: ModuleType, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in run.weight_files()} == before
 
 
+def test_a_command_that_trains_nothing_leaves_the_records_of_a_run(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    run = train(toy, tmp_path)
+    records = (run.config, run.environment, run.metrics)
+    before = [path.read_bytes() for path in records if path.exists()]
+    time.sleep(1)  # the time of a run is written in seconds
+    train(toy, tmp_path)
+    for refused in ({"seed": 9}, {"optimizer": "sgd"}):
+        with pytest.raises(ValueError, match="step_0000006"):
+            train(toy, tmp_path, steps=9, **refused)
+    assert [path.read_bytes() for path in records if path.exists()] == before
+    train(toy, tmp_path, steps=7)
+    assert [path.read_bytes() for path in records if path.exists()] != before
+
+
+def test_other_folders_among_the_checkpoints_are_left_alone(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    run = train(toy, tmp_path)
+    (run.checkpoints / "step_old").mkdir()
+    train(toy, tmp_path, steps=9, keep=1)
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step_0000009", "step_old"}
+
+
 def test_two_processes_do_not_train_in_one_run(toy: ModuleType, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     with run.alone(write=True):

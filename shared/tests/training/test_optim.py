@@ -109,8 +109,16 @@ def test_each_clip_scales_every_gradient_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("steps", 0), ("accumulate", 0), ("lr", -1.0), ("clip_norm", float("nan"))]
+    ("key", "value"),
+    [
+        ("steps", 0),
+        ("accumulate", 0),
+        ("lr", -1.0),
+        ("clip_norm", float("nan")),
+        ("eps", -1e-8),
+        ("betas", (0.9, 2.0)),
+    ],
 )
-def test_configuration_names_the_wrong_key(key: str, value: float) -> None:
+def test_configuration_names_the_wrong_key(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"train\.{key}"):
         TrainConfig(**{key: value})  # type: ignore[arg-type]

@@ -184,8 +184,9 @@ def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
 def test_standard_input_is_read_without_a_file(
     trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stdin(monkeypatch, "\r\n".join(LINES).encode())
-    assert generate(run=trained.run) == translate_lines(trained, LINES)
+    for mark in (b"", b"\xef\xbb\xbf"):
+        stdin(monkeypatch, mark + "\r\n".join(LINES).encode())
+        assert generate(run=trained.run) == translate_lines(trained, LINES)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def topk(
     table = TOPK_LIMITS.get((device, phase, precision), TOPK_LIMITS_ELSEWHERE)
     for name in TOPK:
         limits = table.get(name, {})
-        limit = limits.get(max((size for size in limits if size <= source), default=0), 0)
+        # A list, because torch.compile does not know ``max(..., default=0)``.
+        limit = limits.get(max([0, *(size for size in limits if size <= source)]), 0)
         if unsupported.get(name, "unknown") is None and (most_keys or 1) <= limit:
             return name
     return "eager"

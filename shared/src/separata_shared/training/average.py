@@ -28,7 +28,7 @@ def average_checkpoints(
         The file written.
 
     Raises:
-        ValueError: The run has fewer weight files than asked for.
+        ValueError: The run has fewer weight files than asked for, or ``output`` is one of them.
     """
     if last < 1:
         raise ValueError(f"last: must be at least 1, got {last}")
@@ -40,6 +40,8 @@ def average_checkpoints(
         )
     chosen = files[-last:]
     path = output or Run(run).weights / "average.safetensors"
+    if path.resolve() in [file.resolve() for file in Run(run).weight_files()]:
+        raise ValueError(f"output: {path} holds the weights of a step of this run")
     save_weights(path, average_weights(chosen))
     print(f"{path}: mean of {', '.join(file.name for file in chosen)}")
     return path

@@ -39,7 +39,7 @@ class Progress:
 
 def latest(folder: Path) -> Path | None:
     """Newest checkpoint in ``folder``; None without one."""
-    return max(folder.glob("step_*"), key=step_of, default=None)
+    return max(folder.glob("step_[0-9]*"), key=step_of, default=None)
 
 
 def save(

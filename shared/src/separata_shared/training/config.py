@@ -64,9 +64,12 @@ class TrainConfig:
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: must be at least 1, not {getattr(self, name)}")
-        for name in ("seed", "warmup", "evaluate_every", "lr", "lr_start", "lr_min", "clip_norm"):
+        names = ["seed", "warmup", "evaluate_every", "lr", "lr_start", "lr_min", "clip_norm"]
+        for name in (*names, "eps", "momentum", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name}: must not be negative, is {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas: must be in [0, 1), are {self.betas}")
         if self.schedule == "noam" and self.warmup < 1:
             raise ValueError("train.warmup: the schedule noam needs at least 1 step")
 

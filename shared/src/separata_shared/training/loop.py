@@ -77,7 +77,7 @@ def fit(
         caught_signals() as signals,
         Recorder(run, config=config, world=world) as recorder,
     ):
-        run.begin(write=world.is_main)
+        run.begin(write=False)
         wrapped = distributed.wrap(
             model.to(world.device), world, parallel=config.parallel, blocks=blocks
         )
@@ -95,6 +95,8 @@ def fit(
         newest = checkpoint.latest(run.checkpoints)
         if newest is not None:
             progress = checkpoint.load(newest, model, optimizer, world, seed=config.seed)
+        # What is refused above, or has no step to make, leaves the records of the run as they are.
+        run.begin(write=world.is_main and progress.step < config.steps)
         stream = BatchStream(batches, epoch=progress.epoch, index=progress.index)
         recorder.begin(progress)
         wrapped.train()

@@ -143,7 +143,7 @@ class Run:
             keep: How many stay.
             protected: The step whose weights stay whatever their age.
         """
-        for folder in sorted(self.checkpoints.glob("step_*"), key=step_of)[:-keep]:
+        for folder in sorted(self.checkpoints.glob("step_[0-9]*"), key=step_of)[:-keep]:
             shutil.rmtree(folder)
         for file in self.weight_files()[:-keep]:
             if step_of(file) != protected:
@@ -186,24 +186,17 @@ def environment() -> dict[str, Any]:
 def processor() -> str:
     """Name of the CPU."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        found = re.search("model name.*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
     # The commit of the source tree this code runs from; none for an installed wheel.
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

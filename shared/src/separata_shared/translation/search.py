@@ -260,10 +260,10 @@ def standard_input() -> list[str]:
         ValueError: There are none, or one is not valid UTF-8.
     """
     lines: Iterable[bytes] = sys.stdin.buffer
-    decoded = []
+    decoded: list[str] = []
     for number, line in enumerate(lines, start=1):
         try:
-            decoded.append(line.decode("utf-8").rstrip("\r\n"))
+            decoded.append(line.decode("utf-8" if decoded else "utf-8-sig").rstrip("\r\n"))
         except UnicodeDecodeError:
             raise ValueError(f"standard input: line {number} is not valid UTF-8") from None
     if not decoded:
