@@ -97,6 +97,23 @@ def test_a_function_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert isinstance(probe_function("mine:make").model, torch.nn.Sequential)
 
 
+def test_the_numbers_of_one_model_do_not_overwrite_those_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    tiny = ["--images.tiny_images", 100, "--train.steps", 1, "--train.evaluate_every", 1]
+    for name in ("deep/one", "two"):
+        assert run("train-images", *tiny, "--run", name) == 0
+        assert run("gradient-stats", "--run", name) == 0
+    assert run("gradient-stats", "--function", "mine.py:make") == 0
+    monkeypatch.chdir(tmp_path / "deep" / "one")
+    (tmp_path / "deep" / "one-gradients" / "gradients.csv").unlink()
+    assert run("gradient-stats", "--run", ".") == 0
+    found = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("gradients.csv")}
+    assert found == {"deep/one-gradients", "two-gradients", "runs/make-gradients"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

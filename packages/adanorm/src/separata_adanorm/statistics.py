@@ -83,7 +83,7 @@ def gradient_stats(
     run: Path | None = None,
     function: str | None = None,
     weights: Path | None = None,
-    output: Path = Path("runs/tiny-gradients"),
+    output: Path | None = None,
 ) -> list[GradientStatistics]:
     """Measure mean and variance of gradients before and after every norm; draw them.
 
@@ -98,7 +98,9 @@ def gradient_stats(
         function: Your own model: ``module:function`` or ``file.py:function``, a function that gives
             the model and a function of nothing that gives its loss on a batch.
         weights: Weights file of the run; default: its best.
-        output: Directory to write.
+        output: Directory to write; default: beside the run and named after it, as
+            ``runs/tiny-gradients`` is for ``runs/tiny``. Of a function the name counts, and without
+            either it is ``runs/tiny-gradients``.
 
     Returns:
         What was written.
@@ -111,10 +113,14 @@ def gradient_stats(
         raise ValueError("run and function: give one of the two")
     if run is not None:
         probe = probe_run(run, weights=weights)
+        measured = run if run.name.strip(".") else run.resolve()  # "." has a name too
     elif function is not None:
         probe = probe_function(function)
+        measured = Path("runs", function.rpartition(":")[2])
     else:
         probe = probe_new(model, data)
+        measured = Path("runs/tiny")
+    output = output or measured.with_name(f"{measured.name}-gradients")
     records = gradient_statistics(*probe)
     write_statistics(records, output)
     print(statistics_table(records))
