@@ -6,6 +6,7 @@ import torch
 from separata_adanorm.build import NormKind
 from separata_adanorm.classify import evaluate_sentences, train_sentences
 from separata_adanorm.norms import AdaNorm
+from separata_adanorm.probe import probe_run
 from separata_adanorm.sentences import (
     Labelled,
     SentenceConfig,
@@ -110,12 +111,29 @@ def test_made_reviews_are_learned(kind: NormKind, tmp_path: Path) -> None:
 def test_a_run_keeps_its_vocabulary_and_its_norm(tmp_path: Path) -> None:
     run, short = tmp_path / "run", replace(TRAIN, steps=2)
     train_sentences(sentences=CONFIG, train=short, run=run)
-    with pytest.raises(ValueError, match="made with another vocabulary"):
+    with pytest.raises(ValueError, match=r"vocabulary\.txt: was made with another vocabulary"):
         train_sentences(sentences=replace(CONFIG, vocabulary_size=12), train=short, run=run)
     with pytest.raises(ValueError, match="sentences is not what this command asks for"):
         train_sentences(sentences=replace(CONFIG, norm="layer_norm"), train=short, run=run)
     with pytest.raises(ValueError, match="nowhere: not a run directory"):
         evaluate_sentences(run=tmp_path / "nowhere")
+
+
+def test_a_vocabulary_that_is_not_that_of_the_run_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_sentences(sentences=CONFIG, train=replace(TRAIN, steps=2), run=run)
+    before = evaluate_sentences(run=run)
+    (run / "scores.json").unlink()
+    path = run / "vocabulary.txt"
+    head, *words = path.read_text().splitlines()
+    for others in (words[:-1], words[::-1], [*words, "more"], ["other", *words[1:]]):
+        path.write_text("\n".join([head, *others]) + "\n")
+        for read in (lambda: evaluate_sentences(run=run), lambda: probe_run(run)):
+            with pytest.raises(ValueError, match=r"run/vocabulary\.txt: .* another vocabulary"):
+                read()
+    assert not (run / "scores.json").exists()
+    path.write_text("\n".join([head, *words]) + "\n")
+    assert evaluate_sentences(run=run) == before
 
 
 def test_bad_settings_are_named() -> None:

@@ -4,7 +4,7 @@ The verbs ``train-images``, ``evaluate-images``, ``train-sentences`` and ``evalu
 weights with the highest accuracy on the validation part are the ones that are scored.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,15 @@ from torch.nn import functional as F
 from .images import ImageConfig, build_image_classifier, load_images
 from .runs import load_best, run_config, write_scores
 from .sentences import (
+    Labelled,
     SentenceConfig,
     SentencePart,
     build_sentence_classifier,
     load_sentences,
     make_vocabulary,
 )
+
+_VOCABULARY = "vocabulary.txt"
 
 Batch = tuple[Tensor, Tensor]
 """What a model reads (B,...), and the classes (B,)."""
@@ -140,8 +143,9 @@ def evaluate_sentences(
         ValueError: The run or its data cannot be read.
     """
     config: SentenceConfig = run_config(run, "sentences", SentenceConfig)
-    vocabulary = Vocabulary.load(run / "vocabulary.txt")
-    part = SentencePart(getattr(load_sentences(config), split), vocabulary)
+    parts = load_sentences(config)
+    vocabulary = run_vocabulary(run, config, parts.train)
+    part = SentencePart(getattr(parts, split), vocabulary)
     model = build_sentence_classifier(config, len(vocabulary))
     return _evaluate(run, model, part.in_order(config.max_tokens), split, weights)
 
@@ -152,11 +156,29 @@ def keep_vocabulary(vocabulary: Vocabulary, run: Path) -> None:
     Raises:
         ValueError: The run has another one.
     """
-    path = run / "vocabulary.txt"
+    path = run / _VOCABULARY
     if path.exists():
-        vocabulary.check(Vocabulary.load(path).fingerprint, run)
+        vocabulary.check(Vocabulary.load(path).fingerprint, path)
     else:
         vocabulary.save(path)
+
+
+def run_vocabulary(run: Path, config: SentenceConfig, sentences: Sequence[Labelled]) -> Vocabulary:
+    """The vocabulary of a run, which is that of its training sentences.
+
+    Args:
+        run: Run directory.
+        config: Its configuration.
+        sentences: The training sentences of that.
+
+    Raises:
+        ValueError: It cannot be read, or file and sentences do not belong together: words of other
+            numbers would be scored in silence.
+    """
+    path = run / _VOCABULARY
+    vocabulary = Vocabulary.load(path)
+    make_vocabulary(config, sentences).check(vocabulary.fingerprint, path)
+    return vocabulary
 
 
 def shuffled_batches(items: Batch, size: int, *, seed: int) -> Batches[Batch]:

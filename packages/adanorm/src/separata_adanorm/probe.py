@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from separata_shared.cli import from_yaml
 from separata_shared.data import to_device
-from separata_shared.data.vocabulary import Vocabulary
 from separata_shared.files import read_text
 from separata_shared.language_model import Memory, next_symbol_loss, training_blocks
 from separata_shared.training import Loss, Run
@@ -155,10 +154,11 @@ def _images(run: Path, weights: Path | None) -> Probe:
 
 def _sentences(run: Path, weights: Path | None) -> Probe:
     config = run_config(run, "sentences", sentences.SentenceConfig)
-    vocabulary = Vocabulary.load(run / "vocabulary.txt")
+    labelled = sentences.load_sentences(config).train
+    vocabulary = classify.run_vocabulary(run, config, labelled)
     model = sentences.build_sentence_classifier(config, len(vocabulary))
     load_best(model, run, weights)
-    part = sentences.SentencePart(sentences.load_sentences(config).train, vocabulary)
+    part = sentences.SentencePart(labelled, vocabulary)
     batch = part.batches(config.max_tokens, seed=1)(0)[0]
     return _probe(model, classify.classification_step, batch)
 
