@@ -280,6 +280,35 @@ def test_a_row_without_keys_is_zero_and_has_no_gradient(
 
 
 @every_implementation
+@pytest.mark.parametrize("where", ["query", "key", "infinite key", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ties", ["keep", "exact"])
+def test_what_is_no_number_shows_in_the_rows_of_dense_attention(
+    impl: str, where: str, dtype: torch.dtype, ties: str
+) -> None:
+    query, key, value = (normal(2, 2, 40, 8, seed=seed).to(dtype) for seed in range(3))
+    bias = normal(1, 2, 40, 40, seed=3).masked_fill(normal(1, 2, 40, 40, seed=4) > 1, -torch.inf)
+    mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
+    mask[0, ..., 30] = False
+    if where == "bias":
+        bias[0, 0, 20, 11] = torch.nan
+    elif where == "query":
+        query[1, 0, 17, 2] = torch.nan
+    else:  # one that is hidden in the first sentence, and one that late queries alone may attend
+        key[0, :, 30] = torch.nan
+        key[1, 0, 25] = torch.nan if where == "key" else torch.inf
+    options: dict[str, Any] = {"mask": mask, "bias": bias.to(dtype), "causal": True}
+    found = topk_attention(query, key, value, top_k=3, ties=ties, impl=impl, **options)
+    expected = dense_attention(query, key, value, impl="reference", **options)
+    assert isinstance(found, Tensor)
+    assert isinstance(expected, Tensor)
+    rows = expected.isnan().any(dim=-1)
+    assert rows.any()
+    assert not rows.all()
+    assert torch.equal(found.isnan().any(dim=-1), rows)
+
+
+@every_implementation
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
 def test_empty_batches_queries_and_keys(impl: str, shape: tuple[int, int, int, int]) -> None:
     batch, heads, target, source = shape

@@ -94,6 +94,53 @@ def allowed_keys(
     return past if mask is None else mask & past
 
 
+def show_nan(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+) -> None:
+    """Fill rows of ``output`` with NaN where a score is NaN or infinite, as softmax would.
+
+    A selection by comparisons leaves NaN out, so a model that diverged would pass for a sound one.
+    Sums of the inputs tell whether there may be such a score; only then are all scores looked at.
+    For a few queries the keys are not summed, which would cost as much as half of a kernel.
+
+    Args:
+        output: ``(B, H, T, D_v)``, changed in place.
+        query: ``(B, H, T, D)``.
+        key: ``(B, H_kv, S, D)``.
+        mask: As in ``check_inputs``, of four dimensions.
+        bias: As in ``check_inputs``, of four dimensions.
+        causal: As in ``allowed_keys``.
+    """
+    sums = [query.sum(dtype=torch.float32)]
+    if query.shape[2] >= 16:
+        sums.append(key.sum(dtype=torch.float32))
+    if bias is not None:
+        sums.append(bias.amax().clamp(min=0))  # -inf is sound there
+    if bool(torch.stack(sums).isfinite().all()):
+        return
+    dtype = compute_dtype(query, key)
+    batch, num_heads, target, _ = query.shape
+    shape = (batch, num_heads, target, key.shape[2])
+    k = repeat_heads(key.to(dtype), num_heads).mT
+    allowed = allowed_keys(mask, causal=causal, target=target, source=shape[3], device=query.device)
+    rows = max(2**24 // (batch * num_heads * shape[3]), 1)
+    for first in range(0, target, rows):
+        part = slice(first, first + rows)
+        scores = query[:, :, part].to(dtype) @ k
+        if bias is not None:
+            scores += bias.expand(shape)[:, :, part]
+        bad = scores.isnan() | (scores == torch.inf)
+        if allowed is not None:
+            bad &= allowed.expand(shape)[:, :, part]
+        output[:, :, part].masked_fill_(bad.any(dim=-1, keepdim=True), torch.nan)
+
+
 def repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:
     """Give each query head its key or value head: ``(B, H_kv, S, D)`` to ``(B, H, S, D)``."""
     repeats = num_heads // tensor.shape[1]

@@ -68,7 +68,9 @@ def topk_attention(
 
     Returns:
         Output ``(B, H, T, D_v)`` in the dtype of ``value``; with ``return_weights`` a pair with
-        the weights ``(B, H, T, S)`` before dropout, float32 (float64 for float64 inputs).
+        the weights ``(B, H, T, S)`` before dropout, float32 (float64 for float64 inputs). A row
+        with a score of NaN is NaN, as in dense attention. Left out like a small score it
+        is by ``"triton"``, and by ``"native"`` and ``"blocked"`` where T < 16 and a key is NaN.
 
     Raises:
         ValueError: An argument does not fit, or the named implementation cannot serve the call.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from separata_shared.attention._entries import bias_gradient
-from separata_shared.attention._inputs import compute_dtype
+from separata_shared.attention._inputs import compute_dtype, show_nan
 from separata_shared.attention.topk.kth_largest import kth_largest
 
 # Scores in a block: a few MiB stay in the cache, while a GPU needs many rows.
@@ -119,6 +119,7 @@ def _forward(
     used = weights * factor if dropout > 0.0 else weights
     output = _sums(value.to(dtype).flatten(0, 2), entries, offsets, used)
     output = output.view(*shape[:3], -1).to(value.dtype)
+    show_nan(output, query, key, mask=mask, bias=bias, causal=causal)
     return output, entries, weights, offsets, factor
 
 

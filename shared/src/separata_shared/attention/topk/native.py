@@ -15,6 +15,7 @@ from torch import Tensor
 
 from separata_shared import native
 from separata_shared.attention._entries import bias_gradient
+from separata_shared.attention._inputs import show_nan
 
 SOURCE = Path(__file__).with_name("native.cpp")
 # Instructions to use, for tests: a number from 0 to the machine's best; None is the best.
@@ -178,6 +179,7 @@ def run_forward(
     weights = torch.empty(number.value, dtype=torch.float32)
     offsets = torch.empty(batch * num_heads * target + 1, dtype=torch.int32)
     library().topk_entries(kept, offsets.data_ptr(), columns.data_ptr(), weights.data_ptr())
+    show_nan(output, query, key, mask=mask, bias=bias, causal=causal)
     return output.to(value.dtype), columns, weights, offsets, seed
 
 

@@ -49,6 +49,8 @@ def attend(
     empty = ~keep.any(dim=-1, keepdim=True)
     kept = scores.masked_fill(~keep & ~empty, -torch.inf).masked_fill(empty, 0.0)
     weights = kept.softmax(dim=-1).masked_fill(empty, 0.0)
+    # A score that is no number is in no order, so it shows in all of its row.
+    weights = weights.masked_fill(scores.isnan().any(dim=-1, keepdim=True), torch.nan)
 
     # 6. Dropout on A, 7. C = A v.
     output = torch.dropout(weights, dropout, train=dropout > 0.0) @ v
