@@ -21,6 +21,7 @@ ROWS = [
     row("NAT", "7 lengths, rescored", "float32", 400.0),
     row("AT 6-6", "greedy", "float32", 300.0),
     row("AT 6-6", "beam 4", "float32", 600.0),
+    row("NAT", "one pass", "int8", 20.0),
     row("NAT", "one pass", "float32", 9.0, target_length=10),
     row("NAT", "one pass", "float32", 800.0, batch=32),
 ]
@@ -75,6 +76,9 @@ def test_every_timed_and_scored_system_is_a_point(
     plot_latency(bench=files["bench"], scores=scores, batch=32, output=output)
     points = [tuple(xy) for dots in drawn[1][0].collections for xy in dots.get_offsets().tolist()]
     assert points == [(800.0, 20.0)]
+    plot_latency(bench=files["bench"], scores=scores, precision="int8", output=output)
+    points = [tuple(xy) for dots in drawn[2][0].collections for xy in dots.get_offsets().tolist()]
+    assert points == [(20.0, 20.0)]
 
 
 @pytest.mark.parametrize(

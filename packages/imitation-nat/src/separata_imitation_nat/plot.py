@@ -7,6 +7,8 @@ from typing import Any
 
 from separata_shared.files import atomic_write, read_json
 
+from .fast import Precision
+
 MODES = {"one pass": "one_length", "greedy": "beam"}
 """Way to decode in the scores, by search in the timings; others: ``beam`` or ``rescored``."""
 
@@ -16,19 +18,22 @@ def plot_latency(
     bench: Path = Path("runs/tiny/bench.json"),
     scores: dict[str, Path],
     batch: int = 1,
+    precision: Precision = "float32",
     metric: str = "bleu_detokenised",
     output: Path = Path("runs/tiny/latency.png"),
 ) -> None:
     """Draw quality over latency, a point for each system that was timed and scored.
 
     A system's beam and greedy search share the score that ``evaluate`` gave its run, since it
-    scores with the run's own beam; greedy points are drawn hollow.
+    scores with the run's own beam; greedy points are drawn hollow. ``evaluate`` runs in float32, so
+    in another precision the times are right and the quality may be lower.
 
     Args:
         bench: JSON file that ``bench`` wrote.
         scores: ``scores.json`` of each system, by its name in that file, such as ``{"NAT":
             "runs/tiny/learner/scores.json", "AT 2-2": "runs/tiny/teacher/scores.json"}``.
         batch: Size of the batch whose times are drawn.
+        precision: Of the systems whose times are drawn.
         metric: Score of the raw translations.
         output: Picture to write.
 
@@ -37,24 +42,25 @@ def plot_latency(
             matplotlib is missing.
     """
     rows = _rows(bench, batch)
-    points: dict[tuple[str, str], list[tuple[float, float, bool, str]]] = {}
+    points: dict[str, list[tuple[float, float, bool, str]]] = {}
     for system, path in scores.items():
         found = _translations(path)
         for row in rows:
             mode = mode_of(row["search"], found)
-            if row["system"] != system or mode is None:
+            if (row["system"], row["precision"]) != (system, precision) or mode is None:
                 continue
             value = _value(path, found, mode, metric)
             hollow = row["search"] == "greedy"
-            label = f"{row['search']}, {row['precision']}"
-            points.setdefault((system, row["engine"]), []).append(
-                (row["median_ms"], value, hollow, label)
+            points.setdefault(f"{system}, {row['engine']}", []).append(
+                (row["median_ms"], value, hollow, row["search"])
             )
     if not points:
         names = sorted({row["system"] for row in rows})
-        raise ValueError(f"scores: none is of a system in {bench}; those are {', '.join(names)}")
-    with figure(output, size=(8.0, 5.0)) as axes:
-        for number, ((system, engine), found_points) in enumerate(points.items()):
+        raise ValueError(
+            f"scores: none is of a system in {bench} in {precision}; those are {', '.join(names)}"
+        )
+    with figure(output, size=(9.0, 5.0)) as axes:
+        for number, (name, found_points) in enumerate(points.items()):
             for time, value, hollow, label in found_points:
                 axes.scatter(
                     [time],
@@ -62,12 +68,16 @@ def plot_latency(
                     facecolors="none" if hollow else f"C{number}",
                     edgecolors=f"C{number}",
                 )
-                axes.annotate(label, (time, value), fontsize=6, rotation=30)
-            axes.scatter([], [], color=f"C{number}", label=f"{system}, {engine}")
+                near = {"xytext": (3, 5), "textcoords": "offset points", "rotation": 30}
+                axes.annotate(label, (time, value), fontsize=7, **near)
+            axes.scatter([], [], color=f"C{number}", label=name)
         axes.set_xscale("log")
-        axes.set_xlabel(f"milliseconds for a batch of {batch}")
+        for part in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            part("{x:g}")
+        axes.margins(0.12)
+        axes.set_xlabel(f"milliseconds for a batch of {batch}, {precision}")
         axes.set_ylabel(metric.replace("_", " "))
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # where it hides no point
     print(output)
 
 
