@@ -177,6 +177,10 @@ def test_score_gives_the_scores_that_choose_among_lengths(command: Command, runs
         (("train", "--stages.targets", "both"), ("stages.targets",)),
         (("train", "--stages.teacher_steps", "-1"), ("stages.teacher_steps",)),
         (("train", "--model.copy", "hard"), ("model.copy",)),
+        (
+            ("train", "--model.share_codebook", "true", "--train.parallel", "fsdp"),
+            ("train.parallel", "model.share_codebook"),
+        ),
         (("train-mask-predict", "--iterations", "0"), ("iterations",)),
         (("distill", "--teacher", "nowhere"), ("nowhere: not a run directory",)),
         (("evaluate", "--run", "nowhere"), ("nowhere: not a run directory",)),

@@ -116,6 +116,7 @@ def train_demonstrator(
         ValueError: The data is missing or does not fit the configuration, or the loss is not
             finite.
     """
+    check_parallel(train, model)
     train = with_steps(train, stages.demonstrator_steps)
     corpus, model = load_for(model, data)
     settings: dict[str, Any] = {"model": model, "data": data, "train": train, "decode": decode}
@@ -182,6 +183,7 @@ def train(
     settings: dict[str, Any] = {"model": model, "data": data, "train": train, "decode": decode}
     settings |= {"objective": objective, "label_smoothing": label_smoothing}
     settings["parallel"] = parallel
+    check_parallel(train, model)
     imitates = objective.imitation > 0
     needed = [demonstrator] if imitates or stages.initialise == "demonstrator" else []
     needed += [distilled] if stages.targets == "distilled" else []
@@ -318,6 +320,15 @@ def announce(place: Path, stage: str) -> None:
 def with_steps(train: TrainConfig, steps: int) -> TrainConfig:
     """The same training with another number of steps; 0 changes nothing."""
     return replace(train, steps=steps) if steps else train
+
+
+def check_parallel(train: TrainConfig, model: ModelConfig) -> None:
+    """Raise a ``ValueError`` where FSDP2 would meet one parameter in several of its shards."""
+    if train.parallel == "fsdp" and model.share_codebook:
+        raise ValueError(
+            "train.parallel: fsdp shards layer by layer, and model.share_codebook gives all layers "
+            "one codebook; use ddp"
+        )
 
 
 def training_part(
