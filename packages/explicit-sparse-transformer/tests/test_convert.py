@@ -114,7 +114,7 @@ def test_a_model_of_which_one_attention_cannot_become_sparse_stays_as_it_was() -
 
 def test_what_is_no_model_with_attention_inside_is_said() -> None:
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, not int"):
-        make_sparse(3, 3)  # type: ignore[arg-type]
+        make_sparse(3, 3)  # type: ignore[arg-type]  # no module
     with pytest.raises(ValueError, match=r"itself an nn\.MultiheadAttention.*from_dense"):
         make_sparse(nn.MultiheadAttention(8, 2), 3)
 

@@ -303,4 +303,4 @@ def test_numbers_out_of_range_are_refused_when_it_is_made(
         TopKMultiheadAttention(**{"embed_dim": 8, "num_heads": 2, "top_k": 2} | change)
     for ratio in (0, -1.0, math.nan, "2"):
         with pytest.raises(ValueError, match="ratio must be a positive number"):
-            TopKMultiheadAttention(8, 2, ratio=ratio)  # type: ignore[arg-type]
+            TopKMultiheadAttention(8, 2, ratio=ratio)  # type: ignore[arg-type]  # one is text
